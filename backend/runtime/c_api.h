@@ -1,0 +1,85 @@
+// The C interface of libcuda_int4: what Python reaches through ctypes and any language may call.
+//
+// Every function that can fail returns an int32_t: 0, or an executorch::runtime::Error number; the
+// reason is then in cuda_int4_last_error() of the same thread, valid until its next failing call.
+// No function throws, aborts, or prints.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../kernels/ops.h"
+
+#define CUDA_INT4_API extern "C" __attribute__((visibility("default")))
+
+// ---- library ----
+CUDA_INT4_API const char* cuda_int4_version(void);  // "0.1.0", the Python package's
+CUDA_INT4_API const char* cuda_int4_last_error(void);
+CUDA_INT4_API int32_t cuda_int4_cuda_built(void);      // 1 if this library has CUDA kernels
+CUDA_INT4_API int32_t cuda_int4_cuda_available(void);  // 1 if it has and a driver and GPU answer
+// Out-variant names of every op the delegate runs on `device` ("cpu" | "cuda"), one to a line, e.g.
+// "aten::mul.out\ncuda_int4::linear.out\n": the partitioner's support table. nullptr: no such device.
+CUDA_INT4_API const char* cuda_int4_supported_ops(const char* device);
+// CRC-32C over the little-endian CRC-32Cs of the 4 MiB pieces of the data (one piece: still CRC of
+// the 4 bytes of its CRC); 0 bytes: no pieces. Pieces are hashed on the thread pool.
+CUDA_INT4_API uint32_t cuda_int4_checksum(const void* data, uint64_t nbytes);
+
+// ---- ops, for PyTorch eager (device: 0 CPU, 1 CUDA; stream: cudaStream_t or nullptr) ----
+CUDA_INT4_API int32_t cuda_int4_linear(const cuda_int4::LinearArgs* args, int32_t device,
+                                       void* stream);
+CUDA_INT4_API int32_t cuda_int4_attention(const cuda_int4::AttentionArgs* args, int32_t device,
+                                          void* stream);
+CUDA_INT4_API int32_t cuda_int4_rms_norm(const cuda_int4::RmsNormArgs* args, int32_t device,
+                                         void* stream);
+CUDA_INT4_API int32_t cuda_int4_silu(const cuda_int4::SiluArgs* args, int32_t device, void* stream);
+
+// ---- a loaded .pte ----
+struct cuda_int4_model;
+// data_path: nullptr or a .ptd; device: "auto" | "cuda" | "cpu"; verify: 0 skips every checksum over
+// constants (the program itself is always checked). *out is set on success only.
+CUDA_INT4_API int32_t cuda_int4_model_open(const char* path, const char* data_path,
+                                           const char* device, int32_t verify,
+                                           cuda_int4_model** out);
+CUDA_INT4_API void cuda_int4_model_close(cuda_int4_model* model);
+// Runs `method` ("forward"). Inputs are borrowed for the call. Afterwards output i can be looked at
+// through cuda_int4_model_output until the next call on this model; non-tensor inputs and outputs
+// are 0-dimensional tensors (int64, float64, bool).
+CUDA_INT4_API int32_t cuda_int4_model_forward(cuda_int4_model* model, const char* method,
+                                              const cuda_int4::TensorView* inputs,
+                                              uint64_t n_inputs, uint64_t* n_outputs);
+CUDA_INT4_API int32_t cuda_int4_model_output(cuda_int4_model* model, uint64_t index,
+                                             cuda_int4::TensorView* out);
+// Names of the methods, one to a line; valid as long as the model.
+CUDA_INT4_API const char* cuda_int4_model_methods(cuda_int4_model* model);
+// Zeroes every mutable buffer (KV caches): a new conversation.
+CUDA_INT4_API int32_t cuda_int4_model_reset(cuda_int4_model* model);
+
+// ---- the decode loop (decoder.h) ----
+struct cuda_int4_generate_config {
+  int64_t max_new_tokens;  // <= 0: until a stop token or the end of the context
+  int64_t prefill_chunk;   // tokens per forward while reading the prompt; <= 0: the model's max
+  double temperature;      // 0: greedy
+  int64_t top_k;           // <= 0: off
+  double top_p;            // 1: off
+  uint64_t seed;
+  const int64_t* stop_tokens;  // beside the model's own get_eos_ids
+  uint64_t n_stop_tokens;
+};
+struct cuda_int4_generate_stats {
+  double load_s;
+  double prefill_s;
+  double decode_s;
+  double time_to_first_token_s;
+  int64_t prompt_tokens;
+  int64_t new_tokens;
+  uint64_t peak_memory_bytes;  // of the process
+  int32_t stop_reason;         // 0 max_new_tokens, 1 stop token, 2 end of context, 3 the callback
+};
+// Called with every token as it is chosen; non-zero ends the generation.
+typedef int32_t (*cuda_int4_token_callback)(int64_t token, void* user);
+// start_pos: tokens already in the cache (0 for a new conversation).
+CUDA_INT4_API int32_t cuda_int4_generate(cuda_int4_model* model, const int64_t* prompt,
+                                         uint64_t n_prompt, int64_t start_pos,
+                                         const cuda_int4_generate_config* config,
+                                         cuda_int4_token_callback callback, void* user,
+                                         cuda_int4_generate_stats* stats);
