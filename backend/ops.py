@@ -1,0 +1,145 @@
+"""The only torch.library registration: ``torch.ops.cuda_int4.{linear,attention,rms_norm,silu}``.
+
+Each op has a schema, a fake (shapes and dtypes, for torch.export) and one implementation for CPU
+and CUDA tensors, which calls the C entry point of libcuda_int4 that the ``.pte`` runtime calls too:
+eager and ``.pte`` share one check and one kernel. Each has an ``.out`` overload, which ExecuTorch's
+memory planning needs.
+
+    linear     y[..., n] = sum_k x[..., k] * w[n, k] + bias[n], w = (q - zero_point) * scale; what the
+               parts look like in memory is set by ``layout_tag`` (layouts.py)
+    attention  softmax(q @ k.T * scale + mask) @ v; q [B, Hq, S, D], k and v [B, Hkv, T, D]
+    rms_norm   x / sqrt(mean(x^2) + eps) * weight over the last dimension
+    silu       x * sigmoid(x)
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import _native
+
+_SCHEMAS = {
+    "linear": "Tensor x, Tensor qdata, Tensor scale, Tensor? zero_point, Tensor? meta, "
+    "Tensor? bias, int group_size, str layout_tag, str activation",
+    "attention": "Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool is_causal",
+    "rms_norm": "Tensor x, Tensor? weight, float eps",
+    "silu": "Tensor x",
+}
+# Position and name of each tensor in the argument struct of ops.h, and of each other argument.
+_TENSOR_ARGS = {
+    "linear": ("x", "qdata", "scale", "zero_point", "meta", "bias"),
+    "attention": ("q", "k", "v", "mask"),
+    "rms_norm": ("x", "weight"),
+    "silu": ("x",),
+}
+_OTHER_ARGS = {
+    "linear": ("group_size", "layout_tag", "activation"),
+    "attention": ("scale", "is_causal"),
+    "rms_norm": ("eps",),
+    "silu": (),
+}
+_STRUCTS = {
+    "linear": _native.LinearArgs,
+    "attention": _native.AttentionArgs,
+    "rms_norm": _native.RmsNormArgs,
+    "silu": _native.SiluArgs,
+}
+
+
+def _linear_shape(x: Tensor, qdata: Tensor, scale: Tensor, *_: object) -> list:
+    # Rows of qdata are output features in coalesced.v1 and plain.v1; a layout that tiles N and K
+    # names its own rule here.
+    return [*x.shape[:-1], qdata.shape[0]]
+
+
+_OUT_SHAPES: dict[str, Callable[..., list]] = {
+    "linear": _linear_shape,
+    "attention": lambda q, *_: list(q.shape),
+    "rms_norm": lambda x, *_: list(x.shape),
+    "silu": lambda x: list(x.shape),
+}
+
+
+def _run(op: str, args: tuple, out: Tensor) -> Tensor:
+    """Call ``cuda_int4_<op>`` on the tensors' memory and torch's current stream."""
+    tensors = dict(zip(_TENSOR_ARGS[op], args, strict=False))
+    others = args[len(tensors) :]
+    # Held until the call is over: a contiguous copy must outlive its pointer.
+    held = {
+        name: _dense(op, name, tensor) if tensor is not None else None
+        for name, tensor in tensors.items()
+    }
+    struct = _STRUCTS[op]()
+    for name, tensor in held.items():
+        setattr(struct, name, _native.tensor_view(tensor))
+    struct.y = _native.tensor_view(out)
+    for name, value in zip(_OTHER_ARGS[op], others, strict=True):
+        setattr(struct, name, value.encode() if isinstance(value, str) else value)
+    is_cuda = out.device.type == "cuda"
+    stream = torch.cuda.current_stream(out.device).cuda_stream if is_cuda else None
+    function = getattr(_native.library(), f"cuda_int4_{op}")
+    _native.check(function(ctypes.byref(struct), int(is_cuda), stream))
+    return out
+
+
+def _dense(op: str, name: str, tensor: Tensor) -> Tensor:
+    """Kernels want contiguous operands; attention wants only the last dimension so."""
+    if op == "attention" and name != "mask":
+        return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    return tensor.contiguous()
+
+
+def _register(library: torch.library.Library, op: str) -> None:
+    library.define(f"{op}({_SCHEMAS[op]}) -> Tensor")
+    library.define(f"{op}.out({_SCHEMAS[op]}, *, Tensor(a!) out) -> Tensor(a!)")
+
+    def check_devices(args: tuple) -> None:
+        x = args[0]
+        for name, tensor in zip(_TENSOR_ARGS[op], args, strict=False):
+            if tensor is not None and tensor.device != x.device:
+                raise ValueError(
+                    f"cuda_int4.{op}: expected {name} on {x.device}, where {_TENSOR_ARGS[op][0]} "
+                    f"is, got {tensor.device}; move it there"
+                )
+
+    def functional(*args):  # type: ignore[no-untyped-def]
+        check_devices(args)
+        out = torch.empty(
+            _OUT_SHAPES[op](*args), dtype=args[0].dtype, device=args[0].device
+        )
+        return _run(op, args, out)
+
+    def out_variant(*args, out):  # type: ignore[no-untyped-def]
+        check_devices((*args[: len(_TENSOR_ARGS[op])],))
+        shape = _OUT_SHAPES[op](*args)
+        if out.dtype != args[0].dtype:
+            raise ValueError(
+                f"cuda_int4.{op}: expected out of {args[0].dtype}, got {out.dtype}; "
+                "the result has the dtype of the first argument"
+            )
+        if list(out.shape) != shape:
+            out.resize_(shape)
+        if out.is_contiguous():
+            return _run(op, args, out)
+        return out.copy_(functional(*args))
+
+    def fake(*args):  # type: ignore[no-untyped-def]
+        return args[0].new_empty(_OUT_SHAPES[op](*args))
+
+    def fake_out(*args, out):  # type: ignore[no-untyped-def]
+        return out
+
+    for device in ("CPU", "CUDA"):
+        library.impl(op, functional, device)
+        library.impl(f"{op}.out", out_variant, device)
+    torch.library.register_fake(f"cuda_int4::{op}", fake, lib=library)
+    torch.library.register_fake(f"cuda_int4::{op}.out", fake_out, lib=library)
+
+
+_library = torch.library.Library("cuda_int4", "DEF")
+for _op in _SCHEMAS:
+    _register(_library, _op)
