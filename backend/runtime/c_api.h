@@ -55,6 +55,10 @@ CUDA_INT4_API const char* cuda_int4_model_methods(cuda_int4_model* model);
 CUDA_INT4_API int32_t cuda_int4_model_reset(cuda_int4_model* model);
 
 // ---- the decode loop (decoder.h) ----
+// Called with every token as it is chosen; non-zero ends the generation.
+typedef int32_t (*cuda_int4_token_callback)(int64_t token, void* user);
+// Called after each chunk of the prompt with how many of its tokens have been read; non-zero ends.
+typedef int32_t (*cuda_int4_prefill_callback)(int64_t n_read, void* user);
 struct cuda_int4_generate_config {
   int64_t max_new_tokens;  // <= 0: until a stop token or the end of the context
   int64_t prefill_chunk;   // tokens per forward while reading the prompt; <= 0: the model's max
@@ -64,22 +68,28 @@ struct cuda_int4_generate_config {
   uint64_t seed;
   const int64_t* stop_tokens;  // beside the model's own get_eos_ids
   uint64_t n_stop_tokens;
+  cuda_int4_prefill_callback on_prefill;  // nullptr: not called
 };
 struct cuda_int4_generate_stats {
   double load_s;
   double prefill_s;
   double decode_s;
   double time_to_first_token_s;
-  int64_t prompt_tokens;
-  int64_t new_tokens;
+  int64_t prompt_tokens;  // read; fewer than given only if on_prefill ended it
+  int64_t new_tokens;     // chosen, a stop token included
   uint64_t peak_memory_bytes;  // of the process
   int32_t stop_reason;         // 0 max_new_tokens, 1 stop token, 2 end of context, 3 the callback
 };
-// Called with every token as it is chosen; non-zero ends the generation.
-typedef int32_t (*cuda_int4_token_callback)(int64_t token, void* user);
-// start_pos: tokens already in the cache (0 for a new conversation).
+// start_pos: tokens already in the cache; 0 is a new conversation and resets the model. The last token
+// chosen has not been through the model: to go on, start_pos += prompt_tokens + new_tokens - 1, and the
+// next prompt begins with that token.
 CUDA_INT4_API int32_t cuda_int4_generate(cuda_int4_model* model, const int64_t* prompt,
                                          uint64_t n_prompt, int64_t start_pos,
                                          const cuda_int4_generate_config* config,
                                          cuda_int4_token_callback callback, void* user,
                                          cuda_int4_generate_stats* stats);
+// One row of logits to one token, as generate does it: of config the sampling fields are read, and
+// position (tokens before it in the conversation) counts the random number generator.
+CUDA_INT4_API int32_t cuda_int4_sample(const cuda_int4::TensorView* logits,
+                                       const cuda_int4_generate_config* config, int64_t position,
+                                       int64_t* token);

@@ -1,0 +1,64 @@
+// Sampler -- one row of logits to one token: greedy, or drawn after temperature, top-k and top-p.
+//
+// Knows tensors (kernels/tensor_view.h) and nothing of models. What a draw depends on: the logits,
+// the configuration, the seed and `position`, and nothing else -- not on what was drawn before.
+// Probabilities are integers in units of 2^-40 of the likeliest token's, so that sums are exact in
+// any order and a seed gives the same tokens on every platform.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <vector>
+
+#include "../kernels/tensor_view.h"
+
+namespace cuda_int4 {
+
+// Filters apply in the order of the fields, each to what the one before it left.
+struct SamplerConfig {
+  double temperature = 0;  // 0: greedy, the filters are moot; else logits are divided by it
+  int64_t top_k = 0;       // > 0: only the k likeliest tokens; on equal logits the lower indices
+  double top_p = 1;        // < 1: the smallest set of likeliest tokens that hold this probability
+  uint64_t seed = 0;
+};
+
+// Says which field is out of range, and its range.
+Status validate_sampler_config(const SamplerConfig& config);
+
+class Sampler {
+ public:
+  // `config` has passed validate_sampler_config.
+  explicit Sampler(const SamplerConfig& config) : config_(config) {}
+
+  // logits: contiguous float16 | bfloat16 | float32, at least one value; -inf excludes a token.
+  // position: the token's place in the conversation, the counter of the random number generator.
+  // An error, and *token untouched: a NaN or +inf, all of them -inf, another dtype.
+  // Allocates on the first call for a vocabulary size, never again.
+  Status sample(const TensorView& logits, int64_t position, int64_t* token);
+
+ private:
+  struct Candidate {
+    float logit;
+    uint32_t index;
+    uint64_t weight;  // 2^40 * exp((logit - max) / temperature), rounded down
+  };
+  // True if `a` is less likely than `b`; of equals the higher index is. A total order.
+  static bool less_likely(const Candidate& a, const Candidate& b) {
+    return a.logit != b.logit ? a.logit < b.logit : a.index > b.index;
+  }
+
+  // The draw among all but greedily; max_logit is finite.
+  int64_t draw(float max_logit, int64_t position);
+  // Leaves in candidates_ only what top-p keeps.
+  void keep_top_p();
+
+  SamplerConfig config_;
+  std::vector<float> logits_;
+  std::vector<Candidate> candidates_;
+};
+
+// Philox4x32-10: four random words from a counter and a key, without state. Source: Salmon et al.,
+// "Parallel random numbers: as easy as 1, 2, 3", SC 2011, section 3.
+std::array<uint32_t, 4> philox4x32(std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key);
+
+}  // namespace cuda_int4
