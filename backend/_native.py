@@ -1,0 +1,354 @@
+"""The C interface of libcuda_int4 (runtime/c_api.h), through ctypes.
+
+    library()            the library, loaded once; ctypes prototypes attached
+    tensor_view(t)       a torch tensor (or None) as the TensorView that every entry point takes
+    check(code)          0, or CudaInt4Error with the library's own reason
+    checksum(buffer), supported_ops(device), last_error(), package_dir()
+
+Nothing here imports torch: a tensor is asked for what it is.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import os
+import sys
+import sysconfig
+from ctypes import POINTER, byref, c_char_p, c_double, c_int32, c_int64, c_uint32, c_uint64, c_void_p
+from pathlib import Path
+from typing import Any
+
+MAX_DIMS = 8
+DEVICE_CPU, DEVICE_CUDA = 0, 1
+
+# torch dtype (by name) -> number of torch::ScalarType, as in kernels/tensor_view.h.
+DTYPE_NUMBERS = {
+    "uint8": 0,
+    "int8": 1,
+    "int16": 2,
+    "int32": 3,
+    "int64": 4,
+    "float16": 5,
+    "float32": 6,
+    "float64": 7,
+    "bool": 11,
+    "bfloat16": 15,
+}
+
+# executorch::runtime::Error, by number: what a code means where the library gave no reason.
+ERROR_NAMES = {
+    0x01: "Internal",
+    0x02: "InvalidState",
+    0x10: "NotSupported",
+    0x11: "NotImplemented",
+    0x12: "InvalidArgument",
+    0x13: "InvalidType",
+    0x14: "OperatorMissing",
+    0x20: "NotFound",
+    0x21: "MemoryAllocationFailed",
+    0x22: "AccessFailed",
+    0x23: "InvalidProgram",
+    0x24: "InvalidExternalData",
+    0x25: "OutOfResources",
+    0x30: "DelegateInvalidCompatibility",
+    0x31: "DelegateMemoryAllocationFailed",
+    0x32: "DelegateInvalidHandle",
+}
+
+
+class CudaInt4Error(RuntimeError):
+    """A call into libcuda_int4 failed; the text is its reason, ``code`` ExecuTorch's error number."""
+
+    def __init__(self, code: int, reason: str) -> None:
+        """Keep ``code``; show ``reason`` and the name of the code."""
+        super().__init__(f"{reason} [{ERROR_NAMES.get(code, hex(code))}]")
+        self.code = code
+
+
+# ---- structs, field for field as in kernels/tensor_view.h, kernels/ops.h and runtime/c_api.h ----
+
+
+class TensorView(ctypes.Structure):
+    """A tensor somebody else owns; ``ndim == -1`` is "no tensor"."""
+
+    _fields_ = [
+        ("data", c_void_p),
+        ("nbytes", c_uint64),
+        ("dtype", c_int32),
+        ("ndim", c_int32),
+        ("sizes", c_int64 * MAX_DIMS),
+        ("strides", c_int64 * MAX_DIMS),
+    ]
+
+
+assert ctypes.sizeof(TensorView) == 152, "kernels/tensor_view.h asserts the same"
+
+
+class LinearArgs(ctypes.Structure):
+    """kernels/ops.h LinearArgs."""
+
+    _fields_ = [
+        ("x", TensorView),
+        ("qdata", TensorView),
+        ("scale", TensorView),
+        ("zero_point", TensorView),
+        ("meta", TensorView),
+        ("bias", TensorView),
+        ("y", TensorView),
+        ("group_size", c_int64),
+        ("layout_tag", c_char_p),
+        ("activation", c_char_p),
+        ("name", c_char_p),
+    ]
+
+
+class AttentionArgs(ctypes.Structure):
+    """kernels/ops.h AttentionArgs."""
+
+    _fields_ = [
+        ("q", TensorView),
+        ("k", TensorView),
+        ("v", TensorView),
+        ("mask", TensorView),
+        ("y", TensorView),
+        ("scale", c_double),
+        ("is_causal", ctypes.c_bool),
+    ]
+
+
+class RmsNormArgs(ctypes.Structure):
+    """kernels/ops.h RmsNormArgs."""
+
+    _fields_ = [("x", TensorView), ("weight", TensorView), ("y", TensorView), ("eps", c_double)]
+
+
+class SiluArgs(ctypes.Structure):
+    """kernels/ops.h SiluArgs."""
+
+    _fields_ = [("x", TensorView), ("y", TensorView)]
+
+
+class GenerateConfig(ctypes.Structure):
+    """runtime/c_api.h cuda_int4_generate_config."""
+
+    _fields_ = [
+        ("max_new_tokens", c_int64),
+        ("prefill_chunk", c_int64),
+        ("temperature", c_double),
+        ("top_k", c_int64),
+        ("top_p", c_double),
+        ("seed", c_uint64),
+        ("stop_tokens", POINTER(c_int64)),
+        ("n_stop_tokens", c_uint64),
+    ]
+
+
+class GenerateStats(ctypes.Structure):
+    """runtime/c_api.h cuda_int4_generate_stats."""
+
+    _fields_ = [
+        ("load_s", c_double),
+        ("prefill_s", c_double),
+        ("decode_s", c_double),
+        ("time_to_first_token_s", c_double),
+        ("prompt_tokens", c_int64),
+        ("new_tokens", c_int64),
+        ("peak_memory_bytes", c_uint64),
+        ("stop_reason", c_int32),
+    ]
+
+
+TokenCallback = ctypes.CFUNCTYPE(c_int32, c_int64, c_void_p)
+
+# name -> (result, arguments)
+_PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
+    "version": (c_char_p, []),
+    "last_error": (c_char_p, []),
+    "cuda_built": (c_int32, []),
+    "cuda_available": (c_int32, []),
+    "supported_ops": (c_char_p, [c_char_p]),
+    "checksum": (c_uint32, [c_void_p, c_uint64]),
+    "linear": (c_int32, [POINTER(LinearArgs), c_int32, c_void_p]),
+    "attention": (c_int32, [POINTER(AttentionArgs), c_int32, c_void_p]),
+    "rms_norm": (c_int32, [POINTER(RmsNormArgs), c_int32, c_void_p]),
+    "silu": (c_int32, [POINTER(SiluArgs), c_int32, c_void_p]),
+    "model_open": (c_int32, [c_char_p, c_char_p, c_char_p, c_int32, POINTER(c_void_p)]),
+    "model_close": (None, [c_void_p]),
+    "model_forward": (
+        c_int32,
+        [c_void_p, c_char_p, POINTER(TensorView), c_uint64, POINTER(c_uint64)],
+    ),
+    "model_output": (c_int32, [c_void_p, c_uint64, POINTER(TensorView)]),
+    "model_methods": (c_char_p, [c_void_p]),
+    "model_reset": (c_int32, [c_void_p]),
+    "generate": (
+        c_int32,
+        [
+            c_void_p,
+            POINTER(c_int64),
+            c_uint64,
+            c_int64,
+            POINTER(GenerateConfig),
+            TokenCallback,
+            c_void_p,
+            POINTER(GenerateStats),
+        ],
+    ),
+}
+
+
+# ---- the library ----
+
+
+def _candidate_dirs() -> list[Path]:
+    """Where an install puts the compiled part, the likeliest first.
+
+    An editable install imports the sources from the checkout and leaves the compiled part in
+    site-packages/cuda_int4.
+    """
+    spec = importlib.util.find_spec(__package__)
+    dirs = list(spec.submodule_search_locations or []) if spec else []
+    dirs += [str(Path(__file__).resolve().parent)]
+    dirs += [str(Path(sysconfig.get_path(name)) / "cuda_int4") for name in ("platlib", "purelib")]
+    dirs += [str(Path(entry) / "cuda_int4") for entry in sys.path if entry]
+    return [Path(d) for d in dict.fromkeys(dirs)]
+
+
+def package_dir() -> Path:
+    """The installed folder that holds lib/, bin/, include/ and lib/cmake/cuda_int4/.
+
+    Raises:
+        ImportError: no install has the compiled library.
+    """
+    for candidate in _candidate_dirs():
+        if (candidate / "lib" / "libcuda_int4.so").is_file():
+            return candidate
+    looked_in = ", ".join(str(d / "lib") for d in _candidate_dirs())
+    raise ImportError(
+        f"cuda_int4: expected libcuda_int4.so in one of: {looked_in}; found none. Build it: "
+        "pip install . (or, to work on the sources: pip install --no-build-isolation -e .)"
+    )
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """Load libcuda_int4 once and attach the prototypes.
+
+    The environment variable CUDA_INT4_LIBRARY names another build of it, such as one with
+    sanitizers. The library links executorch's own libexecutorch.so through its run path, so its
+    delegate is registered where ``executorch.runtime`` will look for it.
+
+    Raises:
+        ImportError: the library is missing, does not load, or is of another version.
+    """
+    path = os.environ.get("CUDA_INT4_LIBRARY") or str(package_dir() / "lib" / "libcuda_int4.so")
+    try:
+        lib = ctypes.CDLL(path)
+    except OSError as error:
+        raise ImportError(
+            f"cuda_int4: {path} does not load: {error}. It needs executorch==1.5.1 in the same "
+            "site-packages; reinstall both: pip install --force-reinstall executorch-cuda-int4"
+        ) from error
+    for name, (result, arguments) in _PROTOTYPES.items():
+        function = getattr(lib, f"cuda_int4_{name}", None)
+        if function is None:
+            continue
+        function.restype = result
+        function.argtypes = arguments
+        setattr(lib, name, function)
+    from . import __version__
+
+    found = lib.version().decode()
+    if found != __version__:
+        raise ImportError(
+            f"cuda_int4: expected libcuda_int4 {__version__}, found {found} at {path}; build it "
+            "again: pip install ."
+        )
+    return lib
+
+
+def last_error() -> str:
+    """The library's reason for this thread's latest failure, "" if there was none."""
+    return library().last_error().decode(errors="replace")
+
+
+def check(code: int) -> None:
+    """Raise CudaInt4Error with the library's reason unless ``code`` is 0."""
+    if code != 0:
+        raise CudaInt4Error(code, last_error())
+
+
+def checksum(buffer: Any) -> int:
+    """``cuda_int4_checksum`` of any contiguous buffer (bytes, memoryview, mmap, numpy array)."""
+    view = memoryview(buffer).cast("B")
+    if view.nbytes == 0:
+        return library().checksum(None, 0)
+    if view.readonly:  # ctypes borrows writable buffers only; read-only ones go through numpy
+        import numpy as np
+
+        array = np.frombuffer(view, dtype=np.uint8)
+        return library().checksum(array.ctypes.data, array.nbytes)
+    return library().checksum(ctypes.addressof(ctypes.c_char.from_buffer(view)), view.nbytes)
+
+
+def supported_ops(device: str = "cpu") -> frozenset[str]:
+    """Names of every op the delegate runs on ``device``, such as ``aten::mul.out``.
+
+    Raises:
+        ValueError: ``device`` is not one of "cpu", "cuda".
+    """
+    names = library().supported_ops(device.encode())
+    if names is None:
+        raise ValueError(f'supported_ops: expected device "cpu" or "cuda", got {device!r}')
+    return frozenset(names.decode().split())
+
+
+def tensor_view(tensor: Any) -> TensorView:
+    """View of a torch tensor, or "no tensor" for None; the tensor must outlive the view.
+
+    Raises:
+        ValueError: a dtype or a number of dimensions that the interface does not carry.
+    """
+    view = TensorView()
+    if tensor is None:
+        view.ndim = -1
+        return view
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if dtype not in DTYPE_NUMBERS:
+        raise ValueError(f"cuda_int4: expected one of {', '.join(DTYPE_NUMBERS)}, got {dtype}")
+    if tensor.dim() > MAX_DIMS:
+        raise ValueError(f"cuda_int4: expected at most {MAX_DIMS} dimensions, got {tensor.dim()}")
+    view.data = tensor.data_ptr()
+    view.dtype = DTYPE_NUMBERS[dtype]
+    view.ndim = tensor.dim()
+    view.sizes[: view.ndim] = tensor.shape
+    view.strides[: view.ndim] = tensor.stride()
+    span = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    view.nbytes = 0 if tensor.numel() == 0 else (span + 1) * tensor.element_size()
+    return view
+
+
+__all__ = [
+    "DEVICE_CPU",
+    "DEVICE_CUDA",
+    "DTYPE_NUMBERS",
+    "AttentionArgs",
+    "CudaInt4Error",
+    "GenerateConfig",
+    "GenerateStats",
+    "LinearArgs",
+    "RmsNormArgs",
+    "SiluArgs",
+    "TensorView",
+    "TokenCallback",
+    "byref",
+    "check",
+    "checksum",
+    "last_error",
+    "library",
+    "package_dir",
+    "supported_ops",
+    "tensor_view",
+]

@@ -1,0 +1,88 @@
+// Each function of c_api.h: catch what could be thrown, call the C++ that does it, return a number.
+#include "c_api.h"
+
+#include <new>
+#include <vector>
+
+#include "checksum.h"
+#include "errors.h"
+#include "parallel.h"
+
+using namespace cuda_int4;
+using executorch::runtime::Error;
+
+namespace {
+
+/// Runs `body() -> Error` with a fresh reason; turns exceptions of the standard library into codes.
+template <typename Body>
+int32_t guarded(Body body) noexcept {
+  clear_last_error();
+  try {
+    const Error error = body();
+    if (error != Error::Ok)
+      fail_unless_explained(error, "failed with %s", executorch::runtime::to_string(error));
+    return int32_t(error);
+  } catch (const std::bad_alloc&) {
+    return int32_t(fail(Error::MemoryAllocationFailed, "out of host memory"));
+  } catch (const std::exception& e) {
+    return int32_t(fail(Error::Internal, "%s", e.what()));
+  } catch (...) {
+    return int32_t(fail(Error::Internal, "unknown C++ exception"));
+  }
+}
+
+/// One eager op: validate, give it scratch, run it.
+template <typename Args>
+int32_t eager_op(const char* name, const Args* args, int32_t device, void* stream,
+                 Status (*validate)(const Args&), uint64_t (*scratch_bytes)(const Args&, DeviceKind),
+                 Status (*run)(const Args&, const ExecutionContext&)) noexcept {
+  return guarded([&]() -> Error {
+    if (args == nullptr) return fail(Error::InvalidArgument, "%s: args is nullptr", name);
+    if (device != int32_t(DeviceKind::kCpu))
+      return fail(Error::NotSupported,
+                  "%s: expected device 0 (CPU), got %d; this build has no CUDA kernels: move the "
+                  "tensors to the CPU",
+                  name, device);
+    const Error invalid = fail(validate(*args));
+    if (invalid != Error::Ok) return invalid;
+    ExecutionContext context{DeviceKind::kCpu, stream, &parallel_for, nullptr, 0};
+    std::vector<uint8_t> scratch;
+    if (scratch_bytes != nullptr) context.scratch_bytes = scratch_bytes(*args, context.device);
+    if (context.scratch_bytes > 0) {
+      constexpr uint64_t kAlign = 64;
+      scratch.resize(context.scratch_bytes + kAlign);
+      const uint64_t misaligned = reinterpret_cast<uintptr_t>(scratch.data()) % kAlign;
+      context.scratch = scratch.data() + (kAlign - misaligned) % kAlign;
+    }
+    return fail(run(*args, context));
+  });
+}
+
+}  // namespace
+
+const char* cuda_int4_version(void) { return CUDA_INT4_VERSION; }
+const char* cuda_int4_last_error(void) { return last_error(); }
+int32_t cuda_int4_cuda_built(void) { return CUDA_INT4_WITH_CUDA; }
+int32_t cuda_int4_cuda_available(void) { return 0; }  // no CUDA device in this version
+
+uint32_t cuda_int4_checksum(const void* data, uint64_t nbytes) { return checksum(data, nbytes); }
+
+int32_t cuda_int4_linear(const LinearArgs* args, int32_t device, void* stream) {
+  return eager_op("cuda_int4::linear", args, device, stream, &validate_linear,
+                  &linear_scratch_bytes, &linear);
+}
+
+int32_t cuda_int4_attention(const AttentionArgs* args, int32_t device, void* stream) {
+  return eager_op("cuda_int4::attention", args, device, stream, &validate_attention,
+                  &attention_scratch_bytes, &attention);
+}
+
+int32_t cuda_int4_rms_norm(const RmsNormArgs* args, int32_t device, void* stream) {
+  return eager_op<RmsNormArgs>("cuda_int4::rms_norm", args, device, stream, &validate_rms_norm,
+                               nullptr, &rms_norm);
+}
+
+int32_t cuda_int4_silu(const SiluArgs* args, int32_t device, void* stream) {
+  return eager_op<SiluArgs>("cuda_int4::silu", args, device, stream, &validate_silu, nullptr,
+                            &silu);
+}

@@ -1,0 +1,25 @@
+// The checksum of everything we write: blobs, constants, whole files.
+//
+//   checksum(data) = CRC-32C of [CRC-32C of each 4 MiB piece, as u32 little-endian]
+//
+// Pieces make it parallel, CRC-32C makes it one instruction per 8 bytes; it finds every burst of up
+// to 32 flipped bits. It guards against damage, not against malice.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace cuda_int4 {
+
+constexpr uint64_t kChecksumPieceBytes = uint64_t(4) << 20;
+
+/// Pieces are hashed on the thread pool. 0 bytes have no pieces: the CRC of nothing, which is 0.
+uint32_t checksum(const void* data, uint64_t nbytes);
+
+/// Plain CRC-32C (Castagnoli, reflected, RFC 3720 appendix B.4) with the fastest code this CPU runs.
+uint32_t crc32c(const void* data, size_t nbytes);
+
+/// The portable code, whatever the CPU: what the fast ones are tested against.
+uint32_t crc32c_portable(const void* data, size_t nbytes);
+
+}  // namespace cuda_int4

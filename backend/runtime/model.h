@@ -1,0 +1,69 @@
+// Model -- a .pte (and its .ptd) opened, verified, and ready to run.
+//
+//   std::unique_ptr<cuda_int4::Model> model;
+//   Model::open("model.pte", nullptr, "auto", /*verify=*/true, &model);
+//   model->forward("forward", inputs, 2, &n_outputs);
+//   model->output(0, &logits);
+//
+// open() checks the seal (seal.h) before it parses a byte, then loads every method, so that a file
+// which this build cannot run fails here and not in the middle of a conversation. Everything a
+// method owns hangs on it: two models share nothing but the thread pool.
+//
+// Errors are returned, with the reason in last_error() (errors.h). One thread at a time per model.
+#pragma once
+
+#include <executorch/runtime/core/error.h>
+
+#include <cstddef>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "../kernels/tensor_view.h"
+
+// A C++ class that programs linking libcuda_int4.so may use.
+#define CUDA_INT4_CLASS __attribute__((visibility("default")))
+
+namespace cuda_int4 {
+
+class CUDA_INT4_CLASS Model {
+ public:
+  /// data_path: nullptr or a .ptd. device: "auto" | "cuda" | "cpu". verify: false skips every
+  /// checksum over constants; programs and their headers are always checked. *out: on Ok only.
+  static executorch::runtime::Error open(const char* path, const char* data_path,
+                                         const char* device, bool verify,
+                                         std::unique_ptr<Model>* out);
+  ~Model();
+  Model(const Model&) = delete;
+  Model& operator=(const Model&) = delete;
+
+  const std::vector<std::string>& methods() const;
+  bool has_method(const char* method) const;
+  /// 0 where there is no such method.
+  size_t n_inputs(const char* method) const;
+  size_t n_outputs(const char* method) const;
+  /// What `method` takes or gives at `index`: dtype and greatest sizes, no data. An int, a double or
+  /// a bool is a 0-dimensional tensor. InvalidArgument: no such method or index.
+  executorch::runtime::Error input_info(const char* method, size_t index, TensorView* info) const;
+  executorch::runtime::Error output_info(const char* method, size_t index, TensorView* info) const;
+
+  /// Runs `method`. Inputs are contiguous, borrowed for the call; an int, double or bool input is
+  /// the 0-dimensional tensor (int64, float64, bool) of it. *n_outputs may be nullptr.
+  executorch::runtime::Error forward(const char* method, const TensorView* inputs, size_t n_inputs,
+                                     size_t* n_outputs);
+  /// Output `index` of the latest forward; the view holds until the next call on this model.
+  executorch::runtime::Error output(size_t index, TensorView* out) const;
+
+  /// Zeroes every mutable buffer (KV caches): a new conversation.
+  executorch::runtime::Error reset();
+
+  /// Seconds that open() took.
+  double load_seconds() const;
+
+ private:
+  struct Impl;
+  explicit Model(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace cuda_int4
