@@ -1,0 +1,234 @@
+"""A small byte-level Llama in plain PyTorch: RMSNorm, RoPE, grouped-query attention, SwiGLU.
+
+One class serves both lives of the model. Without ``input_pos`` it reads whole sequences, which is
+how it is trained; with ``input_pos`` it appends to a key-value cache, which is how it is exported
+and decoded:
+
+    ByteLlama(Config())(tokens [B, T])                                   -> logits [B, T, 256]
+    ByteLlama(Config(), max_context=2048)(tokens [1, S], input_pos [S])  -> logits [1, S, 256]
+
+Tokens are bytes (int64); byte 0 begins and ends a text. Every K and N is a multiple of 128.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+WEIGHTS = Path(__file__).with_name("byte_llama.safetensors")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes of the model; the defaults are those of the weights in this folder (5.6 M parameters)."""
+
+    dim: int = 256
+    hidden_dim: int = 768
+    n_layers: int = 7
+    n_heads: int = 4
+    n_kv_heads: int = 2
+    head_dim: int = 64
+    vocab_size: int = 256
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn x [B, heads, T, head_dim] by the angles of cos and sin [T, head_dim / 2] (RoPE)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention; with ``max_context`` > 0 it owns a key-value cache."""
+
+    def __init__(self, config: Config, max_context: int):
+        super().__init__()
+        self.n_heads, self.n_kv_heads, self.head_dim = (
+            config.n_heads,
+            config.n_kv_heads,
+            config.head_dim,
+        )
+        self.wq = nn.Linear(config.dim, config.n_heads * config.head_dim, bias=False)
+        self.wk = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
+        self.wv = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
+        self.wo = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
+        if max_context:
+            cache = torch.zeros(1, config.n_kv_heads, max_context, config.head_dim)
+            self.register_buffer("k_cache", cache, persistent=False)
+            self.register_buffer("v_cache", cache.clone(), persistent=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        input_pos: Tensor | None,
+        mask: Tensor | None,
+    ) -> Tensor:
+        """Attend over x itself, or with ``input_pos`` over the cache under ``mask`` [S, max_context]."""
+        B, T, _ = x.shape
+        q = self.wq(x).view(B, T, self.n_heads, self.head_dim).transpose(1, 2)
+        k = self.wk(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)
+        v = self.wv(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if input_pos is not None:
+            k = self.k_cache.index_copy_(2, input_pos, k)
+            v = self.v_cache.index_copy_(2, input_pos, v)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=input_pos is None, enable_gqa=True
+        )
+        return self.wo(y.transpose(1, 2).reshape(B, T, self.n_heads * self.head_dim))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.w1 = nn.Linear(config.dim, config.hidden_dim, bias=False)
+        self.w3 = nn.Linear(config.dim, config.hidden_dim, bias=False)
+        self.w2 = nn.Linear(config.hidden_dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x [B, T, dim] to the same shape."""
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Block(nn.Module):
+    """One pre-norm layer; dropout, in training only, on what it adds to the residual stream."""
+
+    def __init__(self, config: Config, max_context: int, dropout: float):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.attention = Attention(config, max_context)
+        self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.feed_forward = FeedForward(config)
+        self.dropout = dropout
+
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        input_pos: Tensor | None,
+        mask: Tensor | None,
+    ) -> Tensor:
+        """Map x [B, T, dim] to the same shape."""
+        x = x + self.drop(self.attention(self.attention_norm(x), cos, sin, input_pos, mask))
+        return x + self.drop(self.feed_forward(self.ffn_norm(x)))
+
+    def drop(self, x: Tensor) -> Tensor:
+        """Apply dropout, or nothing at all, so that the exported graph has no node for it."""
+        return F.dropout(x, self.dropout) if self.training and self.dropout else x
+
+
+class ByteLlama(nn.Module):
+    """The model; see the head of this file for its two ways of being called.
+
+    Args:
+        config: sizes.
+        max_context: positions of the key-value cache; 0 makes a model without one.
+        dropout: probability used in training mode.
+    """
+
+    def __init__(self, config: Config, max_context: int = 0, dropout: float = 0.0):
+        super().__init__()
+        self.config, self.max_context = config, max_context
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(
+            Block(config, max_context, dropout) for _ in range(config.n_layers)
+        )
+        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        positions = torch.arange(max_context or 4096, dtype=torch.float32)
+        steps = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+        angles = torch.outer(positions, config.rope_theta**-steps)
+        self.register_buffer("rope_cos", angles.cos(), persistent=False)
+        self.register_buffer("rope_sin", angles.sin(), persistent=False)
+        if max_context:
+            self.register_buffer("key_pos", torch.arange(max_context), persistent=False)
+
+    def init_weights(self) -> None:
+        """Draw weights for training: std 0.02, smaller where a layer writes to the residual stream."""
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                into_residual = name.endswith(("wo.weight", "w2.weight"))
+                nn.init.normal_(
+                    p,
+                    std=0.02 / (2 * self.config.n_layers) ** 0.5 if into_residual else 0.02,
+                )
+
+    def cast(self, dtype: torch.dtype) -> ByteLlama:
+        """Give weights, activations and cache ``dtype``; the rope tables stay float32."""
+        tables = self.rope_cos, self.rope_sin
+        self.to(dtype)
+        self.rope_cos, self.rope_sin = tables
+        return self
+
+    def forward(self, tokens: Tensor, input_pos: Tensor | None = None) -> Tensor:
+        """Return logits [B, T, vocab_size]; ``input_pos`` [T] are the places of tokens in the cache."""
+        if input_pos is None:
+            cos, sin, mask = (
+                self.rope_cos[: tokens.shape[1]],
+                self.rope_sin[: tokens.shape[1]],
+                None,
+            )
+        else:
+            cos, sin = self.rope_cos[input_pos], self.rope_sin[input_pos]
+            mask = self.key_pos <= input_pos.unsqueeze(1)
+        x = self.tok_embeddings(tokens)
+        for layer in self.layers:
+            x = layer(x, cos, sin, input_pos, mask)
+        return self.output(self.norm(x))
+
+    @torch.no_grad()
+    def generate(
+        self, prompt: bytes, n_bytes: int, temperature: float = 0.0, seed: int = 0
+    ) -> bytes:
+        """Continue ``prompt`` by up to ``n_bytes`` with the cache, greedily or sampled, until a byte 0."""
+        device = self.output.weight.device
+        generator = torch.Generator(device).manual_seed(seed)
+        tokens, position, out = (
+            torch.tensor([[0, *prompt]], device=device),
+            0,
+            bytearray(),
+        )
+        while len(out) < n_bytes and position + tokens.shape[1] <= self.max_context:
+            input_pos = torch.arange(position, position + tokens.shape[1], device=device)
+            logits, position = (
+                self(tokens, input_pos)[0, -1].float(),
+                position + tokens.shape[1],
+            )
+            if temperature:
+                tokens = torch.multinomial(
+                    (logits / temperature).softmax(0), 1, generator=generator
+                )[None]
+            else:
+                tokens = logits.argmax()[None, None]
+            if not tokens.item():
+                break
+            out.append(tokens.item())
+        return bytes(out)
+
+
+def load(
+    path: str | Path = WEIGHTS,
+    *,
+    max_context: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> ByteLlama:
+    """Load trained weights (safetensors, config in the file's metadata) into a model in ``eval`` mode."""
+    from safetensors import safe_open
+
+    with safe_open(str(path), framework="pt") as file:
+        config = Config(**json.loads(file.metadata()["config"]))
+        state = {name: file.get_tensor(name) for name in file.keys()}
+    model = ByteLlama(config, max_context=max_context)
+    model.load_state_dict(state)
+    return model.cast(dtype).eval()
