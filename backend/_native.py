@@ -130,6 +130,22 @@ class SiluArgs(ctypes.Structure):
     _fields_ = [("x", TensorView), ("y", TensorView)]
 
 
+class DecodeInfo(ctypes.Structure):
+    """runtime/c_api.h cuda_int4_decode_info."""
+
+    _fields_ = [
+        ("max_context_len", c_int64),
+        ("max_seq_len", c_int64),
+        ("vocab_size", c_int64),
+        ("n_eos_ids", c_uint64),
+        ("eos_ids", c_int64 * 32),
+    ]
+
+
+TokenCallback = ctypes.CFUNCTYPE(c_int32, c_int64, c_void_p)
+PrefillCallback = ctypes.CFUNCTYPE(c_int32, c_int64, c_void_p)
+
+
 class GenerateConfig(ctypes.Structure):
     """runtime/c_api.h cuda_int4_generate_config."""
 
@@ -142,6 +158,7 @@ class GenerateConfig(ctypes.Structure):
         ("seed", c_uint64),
         ("stop_tokens", POINTER(c_int64)),
         ("n_stop_tokens", c_uint64),
+        ("on_prefill", PrefillCallback),
     ]
 
 
@@ -160,8 +177,6 @@ class GenerateStats(ctypes.Structure):
     ]
 
 
-TokenCallback = ctypes.CFUNCTYPE(c_int32, c_int64, c_void_p)
-
 # name -> (result, arguments)
 _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "version": (c_char_p, []),
@@ -170,6 +185,7 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "cuda_available": (c_int32, []),
     "supported_ops": (c_char_p, [c_char_p]),
     "checksum": (c_uint32, [c_void_p, c_uint64]),
+    "set_num_threads": (c_int32, [c_uint32]),
     "linear": (c_int32, [POINTER(LinearArgs), c_int32, c_void_p]),
     "attention": (c_int32, [POINTER(AttentionArgs), c_int32, c_void_p]),
     "rms_norm": (c_int32, [POINTER(RmsNormArgs), c_int32, c_void_p]),
@@ -183,6 +199,11 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "model_output": (c_int32, [c_void_p, c_uint64, POINTER(TensorView)]),
     "model_methods": (c_char_p, [c_void_p]),
     "model_reset": (c_int32, [c_void_p]),
+    "model_decode_info": (c_int32, [c_void_p, POINTER(DecodeInfo)]),
+    "sample": (
+        c_int32,
+        [POINTER(TensorView), POINTER(GenerateConfig), c_int64, POINTER(c_int64)],
+    ),
     "generate": (
         c_int32,
         [
@@ -336,9 +357,11 @@ __all__ = [
     "DTYPE_NUMBERS",
     "AttentionArgs",
     "CudaInt4Error",
+    "DecodeInfo",
     "GenerateConfig",
     "GenerateStats",
     "LinearArgs",
+    "PrefillCallback",
     "RmsNormArgs",
     "SiluArgs",
     "TensorView",

@@ -1,9 +1,9 @@
 // Each function of c_api.h: catch what could be thrown, call the C++ that does it, return a number.
 #include "c_api.h"
 
-#include <new>
 #include <vector>
 
+#include "c_api_internal.h"
 #include "checksum.h"
 #include "errors.h"
 #include "parallel.h"
@@ -12,24 +12,6 @@ using namespace cuda_int4;
 using executorch::runtime::Error;
 
 namespace {
-
-/// Runs `body() -> Error` with a fresh reason; turns exceptions of the standard library into codes.
-template <typename Body>
-int32_t guarded(Body body) noexcept {
-  clear_last_error();
-  try {
-    const Error error = body();
-    if (error != Error::Ok)
-      fail_unless_explained(error, "failed with %s", executorch::runtime::to_string(error));
-    return int32_t(error);
-  } catch (const std::bad_alloc&) {
-    return int32_t(fail(Error::MemoryAllocationFailed, "out of host memory"));
-  } catch (const std::exception& e) {
-    return int32_t(fail(Error::Internal, "%s", e.what()));
-  } catch (...) {
-    return int32_t(fail(Error::Internal, "unknown C++ exception"));
-  }
-}
 
 /// One eager op: validate, give it scratch, run it.
 template <typename Args>

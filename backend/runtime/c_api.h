@@ -23,6 +23,8 @@ CUDA_INT4_API const char* cuda_int4_supported_ops(const char* device);
 // CRC-32C over the little-endian CRC-32Cs of the 4 MiB pieces of the data (one piece: still CRC of
 // the 4 bytes of its CRC); 0 bytes: no pieces. Pieces are hashed on the thread pool.
 CUDA_INT4_API uint32_t cuda_int4_checksum(const void* data, uint64_t nbytes);
+// CPU threads of this process's ExecuTorch, 1 or more; no model may be running meanwhile.
+CUDA_INT4_API int32_t cuda_int4_set_num_threads(uint32_t n_threads);
 
 // ---- ops, for PyTorch eager (device: 0 CPU, 1 CUDA; stream: cudaStream_t or nullptr) ----
 CUDA_INT4_API int32_t cuda_int4_linear(const cuda_int4::LinearArgs* args, int32_t device,
@@ -59,6 +61,17 @@ CUDA_INT4_API int32_t cuda_int4_model_reset(cuda_int4_model* model);
 typedef int32_t (*cuda_int4_token_callback)(int64_t token, void* user);
 // Called after each chunk of the prompt with how many of its tokens have been read; non-zero ends.
 typedef int32_t (*cuda_int4_prefill_callback)(int64_t n_read, void* user);
+// What a language model says of itself (its constant methods, defaults filled in).
+struct cuda_int4_decode_info {
+  int64_t max_context_len;  // tokens the cache holds
+  int64_t max_seq_len;      // tokens that one forward takes
+  int64_t vocab_size;
+  uint64_t n_eos_ids;
+  int64_t eos_ids[32];
+};
+// Fails, with the reason, for a model that cuda_int4_generate cannot drive.
+CUDA_INT4_API int32_t cuda_int4_model_decode_info(cuda_int4_model* model,
+                                                  cuda_int4_decode_info* out);
 struct cuda_int4_generate_config {
   int64_t max_new_tokens;  // <= 0: until a stop token or the end of the context
   int64_t prefill_chunk;   // tokens per forward while reading the prompt; <= 0: the model's max

@@ -20,13 +20,11 @@
 #include <vector>
 
 #include "../kernels/tensor_view.h"
-
-// A C++ class that programs linking libcuda_int4.so may use.
-#define CUDA_INT4_CLASS __attribute__((visibility("default")))
+#include "visibility.h"
 
 namespace cuda_int4 {
 
-class CUDA_INT4_CLASS Model {
+class CUDA_INT4_EXPORT Model {
  public:
   /// data_path: nullptr or a .ptd. device: "auto" | "cuda" | "cpu". verify: false skips every
   /// checksum over constants; programs and their headers are always checked. *out: on Ok only.

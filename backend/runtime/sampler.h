@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "../kernels/tensor_view.h"
+#include "visibility.h"
 
 namespace cuda_int4 {
 
@@ -23,9 +24,9 @@ struct SamplerConfig {
 };
 
 // Says which field is out of range, and its range.
-Status validate_sampler_config(const SamplerConfig& config);
+CUDA_INT4_EXPORT Status validate_sampler_config(const SamplerConfig& config);
 
-class Sampler {
+class CUDA_INT4_EXPORT Sampler {
  public:
   // `config` has passed validate_sampler_config.
   explicit Sampler(const SamplerConfig& config) : config_(config) {}
@@ -59,6 +60,7 @@ class Sampler {
 
 // Philox4x32-10: four random words from a counter and a key, without state. Source: Salmon et al.,
 // "Parallel random numbers: as easy as 1, 2, 3", SC 2011, section 3.
-std::array<uint32_t, 4> philox4x32(std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key);
+CUDA_INT4_EXPORT std::array<uint32_t, 4> philox4x32(std::array<uint32_t, 4> counter,
+                                                    std::array<uint32_t, 2> key);
 
 }  // namespace cuda_int4

@@ -1,0 +1,101 @@
+// The decode loop's part of c_api.h: structs of C to and from decoder.h and sampler.h.
+#include <algorithm>
+
+#include "c_api_internal.h"
+#include "decoder.h"
+#include "report.h"
+#include "sampler.h"
+#include "threads.h"
+
+using namespace cuda_int4;
+using executorch::runtime::Error;
+
+namespace {
+
+SamplerConfig sampler_config(const cuda_int4_generate_config& config) {
+  return {config.temperature, config.top_k, config.top_p, config.seed};
+}
+
+Error create_decoder(cuda_int4_model* model, std::unique_ptr<Decoder>* decoder) {
+  if (model == nullptr) return fail(Error::InvalidArgument, "decode: model is nullptr");
+  return Decoder::create(*model->model, decoder);
+}
+
+void copy_stats(const GenerateStats& from, const Model& model, cuda_int4_generate_stats* to) {
+  to->load_s = model.load_seconds();
+  to->prefill_s = from.prefill_s;
+  to->decode_s = from.decode_s;
+  to->time_to_first_token_s = from.time_to_first_token_s;
+  to->prompt_tokens = from.prompt_tokens;
+  to->new_tokens = from.new_tokens;
+  to->peak_memory_bytes = peak_memory_bytes();
+  to->stop_reason = int32_t(from.stop_reason);
+}
+
+}  // namespace
+
+int32_t cuda_int4_set_num_threads(uint32_t n_threads) {
+  return guarded([&] { return set_num_threads(n_threads); });
+}
+
+int32_t cuda_int4_sample(const TensorView* logits, const cuda_int4_generate_config* config,
+                         int64_t position, int64_t* token) {
+  return guarded([&]() -> Error {
+    if (logits == nullptr || config == nullptr || token == nullptr)
+      return fail(Error::InvalidArgument, "sample: an argument is nullptr");
+    const SamplerConfig sampling = sampler_config(*config);
+    const Error invalid = fail(validate_sampler_config(sampling));
+    if (invalid != Error::Ok) return invalid;
+    return fail(Sampler(sampling).sample(*logits, position, token));
+  });
+}
+
+int32_t cuda_int4_model_decode_info(cuda_int4_model* model, cuda_int4_decode_info* out) {
+  return guarded([&]() -> Error {
+    if (out == nullptr) return fail(Error::InvalidArgument, "decode: out is nullptr");
+    std::unique_ptr<Decoder> decoder;
+    const Error error = create_decoder(model, &decoder);
+    if (error != Error::Ok) return error;
+    const DecodeInfo& info = decoder->info();
+    constexpr size_t kMaxEosIds = sizeof(out->eos_ids) / sizeof(out->eos_ids[0]);
+    if (info.eos_ids.size() > kMaxEosIds) {
+      return fail(Error::NotSupported, "get_eos_ids: expected at most %zu ids, got %zu", kMaxEosIds,
+                  info.eos_ids.size());
+    }
+    *out = {info.max_context_len, info.max_seq_len, info.vocab_size, info.eos_ids.size(), {0}};
+    std::copy(info.eos_ids.begin(), info.eos_ids.end(), out->eos_ids);
+    return Error::Ok;
+  });
+}
+
+int32_t cuda_int4_generate(cuda_int4_model* model, const int64_t* prompt, uint64_t n_prompt,
+                           int64_t start_pos, const cuda_int4_generate_config* config,
+                           cuda_int4_token_callback callback, void* user,
+                           cuda_int4_generate_stats* stats) {
+  return guarded([&]() -> Error {
+    if (stats != nullptr) *stats = {};
+    if (config == nullptr || (prompt == nullptr && n_prompt > 0) ||
+        (config->stop_tokens == nullptr && config->n_stop_tokens > 0))
+      return fail(Error::InvalidArgument, "decode: prompt, config or stop_tokens is nullptr");
+    std::unique_ptr<Decoder> decoder;
+    Error error = create_decoder(model, &decoder);
+    if (error == Error::Ok) error = start_pos == 0 ? decoder->reset() : decoder->seek(start_pos);
+    if (error != Error::Ok) return error;
+
+    GenerateConfig generate;
+    generate.sampler = sampler_config(*config);
+    generate.max_new_tokens = config->max_new_tokens;
+    generate.prefill_chunk = config->prefill_chunk;
+    if (config->n_stop_tokens > 0)
+      generate.stop_tokens.assign(config->stop_tokens, config->stop_tokens + config->n_stop_tokens);
+    GenerateCallbacks callbacks;
+    if (callback != nullptr)
+      callbacks.on_token = [=](int64_t token) { return callback(token, user) == 0; };
+    if (const auto on_prefill = config->on_prefill)
+      callbacks.on_prefill = [=](int64_t n_read) { return on_prefill(n_read, user) == 0; };
+    GenerateStats result;
+    error = decoder->generate(prompt, int64_t(n_prompt), generate, callbacks, &result);
+    if (stats != nullptr) copy_stats(result, *model->model, stats);
+    return error;
+  });
+}

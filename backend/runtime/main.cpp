@@ -1,0 +1,374 @@
+// cuda-int4-decode: generates from a .pte at the command line, with no Python anywhere.
+//
+// Options -> Model -> Decoder -> tokens on stdout as they are chosen, times on stderr. Exit codes:
+// 0 done, 1 the work failed (the reason is on stderr), 2 the command line was wrong, 130 Ctrl-C.
+#include <getopt.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <chrono>
+#include <cinttypes>
+#include <cmath>
+#include <csignal>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "c_api.h"
+#include "decoder.h"
+#include "report.h"
+
+namespace {
+
+using cuda_int4::Decoder;
+using cuda_int4::GenerateCallbacks;
+using cuda_int4::GenerateStats;
+using cuda_int4::Model;
+using executorch::runtime::Error;
+
+constexpr int kFailed = 1;
+constexpr int kUsage = 2;
+constexpr int kInterrupted = 130;
+constexpr int64_t kBytes = 256;
+constexpr int64_t kMaxByteVocab = 512;  // bytes, and room for the special tokens behind them
+
+const char kHelp[] =
+    R"(usage: cuda-int4-decode MODEL.pte (--prompt TEXT | --prompt-file FILE | --tokens IDS) [options]
+
+Generates from an ExecuTorch language model. What it chooses goes to stdout as it is chosen, the
+times to stderr.
+
+prompt (exactly one)
+  --prompt TEXT        for a model whose tokens are bytes: the text, byte by byte
+  --prompt-file FILE   the same, from a file ("-" is stdin)
+  --tokens IDS         token ids such as 1,15043,3186; ids come back. For models with a tokenizer
+                       (to give and get their text: cuda-int4 run MODEL.pte --tokenizer FILE)
+
+how much
+  --max-new N          stop after N new tokens (default: at a stop token or the end of the context)
+  --stop-token ID      stop at this token, besides the model's own end tokens; may be repeated
+  --prefill-chunk N    prompt tokens per forward (default: as many as the model takes)
+
+how tokens are chosen
+  --temperature T      0: always the likeliest (default); 1: as the model says; higher: wilder
+  --top-k K            draw from the K likeliest tokens only (default: 0, off)
+  --top-p P            draw from the fewest likeliest tokens that hold P of the probability
+                       (default: 1, off). Order: temperature, then top-k, then top-p.
+  --seed N             the same seed gives the same tokens, on any machine (default: 0)
+
+model and machine
+  --data FILE.ptd      the weights, if they were exported into a file of their own
+  --device NAME        auto (default), cpu or cuda
+  --no-verify          skip the checksums over the weights: a faster start, damage not noticed
+  --threads N          CPU threads (default: one per physical core)
+
+output
+  --print-tokens       print token ids even for a text prompt
+  --json               nothing but one JSON object on stdout: tokens, text, stop_reason, times
+  -h, --help           this
+  --version            the version of the library
+
+examples
+  cuda-int4-decode byte_llama.pte --prompt 'def main():' --max-new 200
+  cuda-int4-decode byte_llama.pte --prompt 'import ' --temperature 0.8 --top-p 0.95 --seed 7
+  cuda-int4-decode llama.pte --tokens 1,15043 --stop-token 2 --json
+
+Ctrl-C ends after the token in progress, prints the times and exits with 130; a second one ends
+at once. Exit codes: 0 done, 1 failed, 2 wrong command line.
+)";
+
+struct Options {
+  std::string model_path;
+  std::string data_path;
+  std::string device = "auto";
+  std::vector<int64_t> prompt;
+  bool have_prompt = false;
+  bool is_text = false;  // the prompt was text: so is the output
+  bool print_tokens = false;
+  bool json = false;
+  bool verify = true;
+  int64_t threads = 0;
+  cuda_int4::GenerateConfig config;
+};
+
+[[noreturn]] void usage_error(const std::string& message) {
+  std::fprintf(stderr, "cuda-int4-decode: %s\nTry cuda-int4-decode --help.\n", message.c_str());
+  std::exit(kUsage);
+}
+
+int64_t parse_int(const std::string& name, const char* text, int64_t min, int64_t max) {
+  char* end = nullptr;
+  errno = 0;
+  const long long value = std::strtoll(text, &end, 10);
+  const bool is_number = (*text == '-' || (*text >= '0' && *text <= '9')) && *end == '\0';
+  if (!is_number || errno != 0 || value < min || value > max) {
+    const std::string upper = max == INT64_MAX ? "" : " and <= " + std::to_string(max);
+    usage_error(name + ": expected an integer >= " + std::to_string(min) + upper + ", got '" +
+                text + "'");
+  }
+  return value;
+}
+
+double parse_float(const std::string& name, const char* text) {
+  char* end = nullptr;
+  errno = 0;
+  const double value = std::strtod(text, &end);
+  if (end == text || *end != '\0' || !std::isfinite(value)) {
+    usage_error(name + ": expected a number, got '" + text + "'");
+  }
+  return value;
+}
+
+std::vector<int64_t> parse_tokens(const std::string& list) {
+  std::vector<int64_t> tokens;
+  size_t begin = 0;
+  while (begin <= list.size()) {
+    const size_t end = std::min(list.find(',', begin), list.size());
+    tokens.push_back(parse_int("--tokens", list.substr(begin, end - begin).c_str(), 0, INT64_MAX));
+    begin = end + 1;
+  }
+  return tokens;
+}
+
+std::string read_prompt_file(const std::string& path) {
+  std::FILE* file = path == "-" ? stdin : std::fopen(path.c_str(), "rb");
+  if (file == nullptr) usage_error("--prompt-file: " + path + ": " + std::strerror(errno));
+  std::string text;
+  char buffer[65536];
+  for (size_t n; (n = std::fread(buffer, 1, sizeof(buffer), file)) > 0;) text.append(buffer, n);
+  const bool failed = std::ferror(file) != 0;
+  if (file != stdin) std::fclose(file);
+  if (failed) usage_error("--prompt-file: cannot read " + path);
+  return text;
+}
+
+void set_prompt(Options* options, std::vector<int64_t> tokens, bool is_text) {
+  if (options->have_prompt) {
+    usage_error("expected one of --prompt, --prompt-file and --tokens, got two");
+  }
+  if (tokens.empty()) usage_error("expected a prompt of at least one byte, got an empty one");
+  options->prompt = std::move(tokens);
+  options->have_prompt = true;
+  options->is_text = is_text;
+}
+
+std::vector<int64_t> bytes_of(const std::string& text) {
+  std::vector<int64_t> tokens;
+  for (const char c : text) tokens.push_back(static_cast<unsigned char>(c));
+  return tokens;
+}
+
+enum Option : int {
+  kPrompt = 256,
+  kPromptFile,
+  kTokens,
+  kMaxNew,
+  kStopToken,
+  kPrefillChunk,
+  kTemperature,
+  kTopK,
+  kTopP,
+  kSeed,
+  kData,
+  kDevice,
+  kNoVerify,
+  kThreads,
+  kPrintTokens,
+  kJson,
+  kVersion,
+};
+
+const struct option kLongOptions[] = {
+    {"prompt", required_argument, nullptr, kPrompt},
+    {"prompt-file", required_argument, nullptr, kPromptFile},
+    {"tokens", required_argument, nullptr, kTokens},
+    {"max-new", required_argument, nullptr, kMaxNew},
+    {"stop-token", required_argument, nullptr, kStopToken},
+    {"prefill-chunk", required_argument, nullptr, kPrefillChunk},
+    {"temperature", required_argument, nullptr, kTemperature},
+    {"top-k", required_argument, nullptr, kTopK},
+    {"top-p", required_argument, nullptr, kTopP},
+    {"seed", required_argument, nullptr, kSeed},
+    {"data", required_argument, nullptr, kData},
+    {"device", required_argument, nullptr, kDevice},
+    {"no-verify", no_argument, nullptr, kNoVerify},
+    {"threads", required_argument, nullptr, kThreads},
+    {"print-tokens", no_argument, nullptr, kPrintTokens},
+    {"json", no_argument, nullptr, kJson},
+    {"help", no_argument, nullptr, 'h'},
+    {"version", no_argument, nullptr, kVersion},
+    {nullptr, 0, nullptr, 0},
+};
+
+void apply_option(int option, const char* value, Options* options) {
+  cuda_int4::GenerateConfig& config = options->config;
+  switch (option) {
+    case kPrompt:
+      return set_prompt(options, bytes_of(value), true);
+    case kPromptFile:
+      return set_prompt(options, bytes_of(read_prompt_file(value)), true);
+    case kTokens:
+      return set_prompt(options, parse_tokens(value), false);
+    case kMaxNew:
+      config.max_new_tokens = parse_int("--max-new", value, 1, INT64_MAX);
+      return;
+    case kStopToken:
+      config.stop_tokens.push_back(parse_int("--stop-token", value, 0, INT64_MAX));
+      return;
+    case kPrefillChunk:
+      config.prefill_chunk = parse_int("--prefill-chunk", value, 1, INT64_MAX);
+      return;
+    case kTemperature:
+      config.sampler.temperature = parse_float("--temperature", value);
+      return;
+    case kTopK:
+      config.sampler.top_k = parse_int("--top-k", value, 0, INT64_MAX);
+      return;
+    case kTopP:
+      config.sampler.top_p = parse_float("--top-p", value);
+      return;
+    case kSeed:
+      config.sampler.seed = static_cast<uint64_t>(parse_int("--seed", value, 0, INT64_MAX));
+      return;
+    case kData:
+      options->data_path = value;
+      return;
+    case kDevice:
+      options->device = value;
+      return;
+    case kNoVerify:
+      options->verify = false;
+      return;
+    case kThreads:
+      options->threads = parse_int("--threads", value, 1, 1024);
+      return;
+    case kPrintTokens:
+      options->print_tokens = true;
+      return;
+    case kJson:
+      options->json = true;
+      return;
+    case kVersion:
+      std::printf("cuda-int4-decode %s\n", cuda_int4_version());
+      std::exit(0);
+    case 'h':
+      std::fputs(kHelp, stdout);
+      std::exit(0);
+    default:
+      std::fputs("Try cuda-int4-decode --help.\n", stderr);
+      std::exit(kUsage);
+  }
+}
+
+Options parse_options(int argc, char** argv) {
+  Options options;
+  for (int option; (option = getopt_long(argc, argv, "h", kLongOptions, nullptr)) != -1;) {
+    apply_option(option, optarg, &options);
+  }
+  if (optind >= argc) usage_error("expected the path of a .pte, got none");
+  options.model_path = argv[optind];
+  if (optind + 1 < argc) {
+    usage_error(std::string("expected one .pte, got '") + argv[optind + 1] + "' besides");
+  }
+  if (!options.have_prompt) usage_error("expected one of --prompt, --prompt-file and --tokens");
+  const std::string& device = options.device;
+  if (device != "auto" && device != "cpu" && device != "cuda") {
+    usage_error("--device: expected auto, cpu or cuda, got '" + device + "'");
+  }
+  const cuda_int4::Status status = validate_sampler_config(options.config.sampler);
+  if (!status.ok()) usage_error(status.message);
+  return options;
+}
+
+std::atomic<bool> interrupted{false};
+static_assert(std::atomic<bool>::is_always_lock_free, "set in a signal handler");
+
+void handle_interrupts() {
+  struct sigaction action = {};
+  action.sa_handler = [](int) { interrupted.store(true, std::memory_order_relaxed); };
+  action.sa_flags = SA_RESETHAND | SA_RESTART;  // the second Ctrl-C is the default one
+  sigaction(SIGINT, &action, nullptr);
+}
+
+double seconds_since(std::chrono::steady_clock::time_point start) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+int fail(const char* what) {
+  std::fprintf(stderr, "cuda-int4-decode: %s: %s\n", what, cuda_int4_last_error());
+  return kFailed;
+}
+
+void print_token(const Options& options, bool as_text, int64_t token, bool first) {
+  if (options.json) return;
+  if (!as_text) {
+    std::printf(first ? "%" PRId64 : " %" PRId64, token);
+  } else if (token < kBytes) {
+    std::fputc(static_cast<int>(token), stdout);
+  }
+  std::fflush(stdout);
+}
+
+int run(const Options& options) {
+  if (options.threads > 0 && cuda_int4_set_num_threads(uint32_t(options.threads)) != 0)
+    return fail("--threads");
+  const auto start = std::chrono::steady_clock::now();
+  std::unique_ptr<Model> model;
+  const char* path = options.model_path.c_str();
+  const char* data_path = options.data_path.empty() ? nullptr : options.data_path.c_str();
+  if (Model::open(path, data_path, options.device.c_str(), options.verify, &model) != Error::Ok)
+    return fail(path);
+  std::unique_ptr<Decoder> decoder;
+  if (Decoder::create(*model, &decoder) != Error::Ok) return fail(path);
+  const double load_s = seconds_since(start);
+
+  const int64_t vocab_size = decoder->info().vocab_size;
+  if (options.is_text && vocab_size > kMaxByteVocab) {
+    std::fprintf(
+        stderr,
+        "cuda-int4-decode: %s: expected a model whose tokens are bytes, got one of %" PRId64
+        " tokens; give --tokens, or let cuda-int4 run --tokenizer FILE make them\n",
+        path, vocab_size);
+    return kFailed;
+  }
+  const bool as_text = options.is_text && !options.print_tokens;
+
+  std::vector<int64_t> chosen;
+  GenerateCallbacks callbacks;
+  callbacks.on_prefill = [](int64_t) { return !interrupted.load(std::memory_order_relaxed); };
+  callbacks.on_token = [&](int64_t token) {
+    print_token(options, as_text, token, chosen.empty());
+    chosen.push_back(token);
+    return !interrupted.load(std::memory_order_relaxed);
+  };
+  GenerateStats stats;
+  const auto error = decoder->generate(options.prompt.data(), int64_t(options.prompt.size()),
+                                       options.config, callbacks, &stats);
+  if (!options.json && !chosen.empty()) std::fputc('\n', stdout);
+  if (error != Error::Ok) return fail(path);
+
+  if (options.json) {
+    const std::string json = cuda_int4::report_json(stats, load_s, chosen, options.is_text);
+    std::printf("%s\n", json.c_str());
+  } else {
+    std::fflush(stdout);
+    std::fprintf(stderr, "%s", cuda_int4::report_text(stats, load_s).c_str());
+  }
+  if (std::fflush(stdout) != 0 || std::ferror(stdout)) {
+    std::fprintf(stderr, "cuda-int4-decode: cannot write to stdout\n");
+    return kFailed;
+  }
+  return interrupted ? kInterrupted : 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const Options options = parse_options(argc, argv);
+  handle_interrupts();
+  return run(options);
+}

@@ -1,0 +1,118 @@
+#include "report.h"
+
+#include <sys/resource.h>
+
+#include <cinttypes>
+#include <cstdarg>
+#include <cstdio>
+
+namespace cuda_int4 {
+namespace {
+
+void append(std::string* out, const char* format, ...) __attribute__((format(printf, 2, 3)));
+void append(std::string* out, const char* format, ...) {
+  char buffer[512];
+  va_list args;
+  va_start(args, format);
+  std::vsnprintf(buffer, sizeof(buffer), format, args);
+  va_end(args);
+  *out += buffer;
+}
+
+bool is_continuation(const std::string& bytes, size_t i) {
+  return i < bytes.size() && (static_cast<unsigned char>(bytes[i]) & 0xC0) == 0x80;
+}
+
+// Length of the well-formed UTF-8 character at bytes[i]; 0 if there is none (Unicode 15, table 3-7).
+size_t utf8_length(const std::string& bytes, size_t i) {
+  const auto byte = [&](size_t at) { return static_cast<unsigned char>(bytes[at]); };
+  const unsigned char lead = byte(i);
+  if (lead < 0x80) return 1;
+  if (lead < 0xC2 || lead > 0xF4 || !is_continuation(bytes, i + 1)) return 0;
+  if (lead < 0xE0) return 2;
+  const unsigned char second = byte(i + 1);
+  const bool overlong = (lead == 0xE0 && second < 0xA0) || (lead == 0xF0 && second < 0x90);
+  const bool surrogate = lead == 0xED && second > 0x9F;
+  const bool too_large = lead == 0xF4 && second > 0x8F;
+  if (overlong || surrogate || too_large || !is_continuation(bytes, i + 2)) return 0;
+  if (lead < 0xF0) return 3;
+  return is_continuation(bytes, i + 3) ? 4 : 0;
+}
+
+void append_json_string(std::string* out, const std::string& bytes) {
+  *out += '"';
+  for (size_t i = 0; i < bytes.size();) {
+    const size_t length = utf8_length(bytes, i);
+    const char c = bytes[i];
+    if (length == 0) {
+      *out += "\\ufffd";
+    } else if (c == '"' || c == '\\') {
+      append(out, "\\%c", c);
+    } else if (static_cast<unsigned char>(c) < 0x20 || c == 0x7F) {
+      append(out, "\\u%04x", c);
+    } else {
+      out->append(bytes, i, length);
+    }
+    i += length == 0 ? 1 : length;
+  }
+  *out += '"';
+}
+
+}  // namespace
+
+const char* stop_reason_name(StopReason reason) {
+  switch (reason) {
+    case StopReason::kMaxNewTokens:
+      return "max_new_tokens";
+    case StopReason::kStopToken:
+      return "stop_token";
+    case StopReason::kEndOfContext:
+      return "end_of_context";
+    case StopReason::kInterrupted:
+      return "interrupted";
+  }
+  return "unknown";
+}
+
+uint64_t peak_memory_bytes() {
+  struct rusage usage = {};
+  getrusage(RUSAGE_SELF, &usage);
+  return static_cast<uint64_t>(usage.ru_maxrss) * 1024;  // Linux counts in KiB
+}
+
+std::string report_text(const GenerateStats& stats, double load_s) {
+  std::string out;
+  append(&out, "load %.2f s, peak memory %.1f MiB\n", load_s, peak_memory_bytes() / 1048576.0);
+  append(&out, "prompt %" PRId64 " tokens, %.1f tokens/s, first token after %.3f s\n",
+         stats.prompt_tokens, stats.prefill_tokens_per_s(), stats.time_to_first_token_s);
+  append(&out, "decoded %" PRId64 " tokens, %.1f tokens/s, ended by %s\n", stats.new_tokens,
+         stats.decode_tokens_per_s(), stop_reason_name(stats.stop_reason));
+  return out;
+}
+
+std::string report_json(const GenerateStats& stats, double load_s,
+                        const std::vector<int64_t>& tokens, bool text_from_bytes) {
+  std::string out = "{\"tokens\": [";
+  std::string bytes;
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    append(&out, i == 0 ? "%" PRId64 : ", %" PRId64, tokens[i]);
+    if (tokens[i] < 256) bytes += static_cast<char>(tokens[i]);
+  }
+  out += "], ";
+  if (text_from_bytes) {
+    out += "\"text\": ";
+    append_json_string(&out, bytes);
+    out += ", ";
+  }
+  append(&out,
+         "\"stop_reason\": \"%s\", \"prompt_tokens\": %" PRId64 ", \"new_tokens\": %" PRId64
+         ", \"load_s\": %.6f, \"prefill_s\": %.6f, \"decode_s\": %.6f, "
+         "\"time_to_first_token_s\": %.6f, \"prefill_tokens_per_s\": %.3f, "
+         "\"decode_tokens_per_s\": %.3f, \"peak_memory_bytes\": %" PRIu64 "}",
+         stop_reason_name(stats.stop_reason), stats.prompt_tokens, stats.new_tokens, load_s,
+         stats.prefill_s, stats.decode_s, stats.time_to_first_token_s, stats.prefill_tokens_per_s(),
+         stats.decode_tokens_per_s(), peak_memory_bytes());
+  return out;
+}
+
+}  // namespace cuda_int4
