@@ -3,14 +3,9 @@
 import numpy as np
 import pytest
 from expecttest import assert_expected_inline
+from messages import folded, message
 
 from cuda_int4 import layouts
-
-
-def message(call, *args, **kwargs) -> str:
-    with pytest.raises(ValueError) as error:
-        call(*args, **kwargs)
-    return str(error.value)
 
 
 def test_a_tag_parses_into_name_and_version_and_prints_as_it_was():
@@ -36,16 +31,22 @@ def test_a_malformed_tag_is_refused(text):
 
 
 def test_messages_name_the_weight_what_was_found_and_the_cure():
-    found = {tag: message(layouts.check_tag, tag, who="layers.0.wq.weight")
-             for tag in ("coalesced", "plain.v1", "marlin.v1", "coalesced.v0", "coalesced.v2")}  # fmt: skip
+    tags = ("coalesced", "plain.v1", "marlin.v1", "coalesced.v0", "coalesced.v2")
+    found = [message(layouts.check_tag, tag, who="layers.0.wq.weight") for tag in tags]
     assert_expected_inline(
-        "\n".join(found.values()),
+        folded(*found),
         """\
-layers.0.wq.weight: expected a layout tag of the form 'name.vN', such as 'coalesced.v1', got 'coalesced'; state the name and the version
-layers.0.wq.weight: expected one of coalesced.v1, got plain.v1, an interchange format that no kernel reads; pack it with CudaCoalescedInt4Tensor.from_int4, or lower through CudaInt4Partitioner, which does
-layers.0.wq.weight: expected one of coalesced.v1, got marlin.v1, a layout unknown to this build; install the version of cuda_int4 that wrote it, or pack the weight again
-layers.0.wq.weight: expected coalesced.v1, got coalesced.v0, older than the one this build reads; pack the weight again, from its source, with this version
-layers.0.wq.weight: expected coalesced.v1, got coalesced.v2, newer than the one this build reads; update cuda_int4, or pack the weight again with this version""",
+layers.0.wq.weight: expected a layout tag of the form 'name.vN', such as 'coalesced.v1', got
+    'coalesced'; state the name and the version
+layers.0.wq.weight: expected one of coalesced.v1, got plain.v1, an interchange format that no
+    kernel reads; pack it with CudaCoalescedInt4Tensor.from_int4, or lower through
+    CudaInt4Partitioner, which does
+layers.0.wq.weight: expected one of coalesced.v1, got marlin.v1, a layout unknown to this build;
+    install the version of cuda_int4 that wrote it, or pack the weight again
+layers.0.wq.weight: expected coalesced.v1, got coalesced.v0, older than the one this build
+    reads; pack the weight again, from its source, with this version
+layers.0.wq.weight: expected coalesced.v1, got coalesced.v2, newer than the one this build
+    reads; update cuda_int4, or pack the weight again with this version""",
     )
 
 
@@ -66,15 +67,18 @@ def test_options_that_choose_coalesced(option):
 
 
 def test_options_that_are_refused():
-    found = [message(layouts.choose_layout, option, N=3, K=96, group_size=32)
-             for option in ("fast", "plain", "plain.v1", "coalesced.v7")]  # fmt: skip
+    options = ("fast", "plain", "plain.v1", "coalesced.v7")
+    found = [message(layouts.choose_layout, option, N=3, K=96, group_size=32) for option in options]
     assert_expected_inline(
-        "\n".join(found),
+        folded(*found),
         """\
 layout: expected 'auto' or one of 'coalesced', got 'fast'; 'auto' picks by shape
 layout: expected 'auto' or one of 'coalesced', got 'plain'; 'auto' picks by shape
-layout: expected one of coalesced.v1, got plain.v1, an interchange format that no kernel reads; pack it with CudaCoalescedInt4Tensor.from_int4, or lower through CudaInt4Partitioner, which does
-layout: expected coalesced.v1, got coalesced.v7, newer than the one this build reads; update cuda_int4, or pack the weight again with this version""",
+layout: expected one of coalesced.v1, got plain.v1, an interchange format that no kernel reads;
+    pack it with CudaCoalescedInt4Tensor.from_int4, or lower through CudaInt4Partitioner, which
+    does
+layout: expected coalesced.v1, got coalesced.v7, newer than the one this build reads; update
+    cuda_int4, or pack the weight again with this version""",
     )
 
 
@@ -89,15 +93,16 @@ def test_one_group_per_row_is_accepted_for_any_k_of_32(K):
 
 
 def test_shapes_that_are_refused():
-    found = [message(layouts.check_shape, *shape, who="w")
-             for shape in [(0, 64, 32), (4, 96, 64), (4, 100, 100), (4, 64, 16), (4, 100, 64)]]  # fmt: skip
+    shapes = [(0, 64, 32), (4, 96, 64), (4, 100, 100), (4, 64, 16), (4, 100, 64)]
+    found = [message(layouts.check_shape, *shape, who="w") for shape in shapes]
     assert_expected_inline(
-        "\n".join(found),
+        folded(*found),
         """\
 w: expected N >= 1 and K >= 1, got N=0, K=64; drop the layer
 w: expected K % 64 == 0, got K=96, group_size=64; pick group_size 32, or pad K to 128
 w: expected K % 32 == 0, got K=100, group_size=100; pad K to 128
-w: expected group_size in 32, 64, 128, 256 or equal to K=64, got group_size=16; quantise again with one of these
+w: expected group_size in 32, 64, 128, 256 or equal to K=64, got group_size=16; quantise again
+    with one of these
 w: expected K % 64 == 0, got K=100, group_size=64; pad K to 128""",
     )
 
