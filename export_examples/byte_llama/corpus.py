@@ -33,7 +33,7 @@ def is_held_out(path: str) -> bool:
 
 
 def documents(root: Path, *, held_out: bool) -> dict[str, bytes]:
-    """Read one side of the split under ``root``: relative path -> bytes, in the order of the paths."""
+    """Read one side of the split under ``root``: relative path -> bytes, ordered by path."""
     found = {}
     for file in sorted(root.rglob("*.py")):
         path = file.relative_to(root).as_posix()

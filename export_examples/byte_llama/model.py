@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ WEIGHTS = Path(__file__).with_name("byte_llama.safetensors")
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Sizes of the model; the defaults are those of the weights in this folder (5.6 M parameters)."""
+    """Sizes of the model; the defaults are those of the weights here (5.6 M parameters)."""
 
     dim: int = 256
     hidden_dim: int = 768
@@ -64,14 +65,9 @@ class Attention(nn.Module):
             self.register_buffer("v_cache", cache.clone(), persistent=False)
 
     def forward(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        input_pos: Tensor | None,
-        mask: Tensor | None,
+        self, x: Tensor, cos: Tensor, sin: Tensor, input_pos: Tensor | None, mask: Tensor | None
     ) -> Tensor:
-        """Attend over x itself, or with ``input_pos`` over the cache under ``mask`` [S, max_context]."""
+        """Attend over x, or with ``input_pos`` over the cache under ``mask`` [S, max_context]."""
         B, T, _ = x.shape
         q = self.wq(x).view(B, T, self.n_heads, self.head_dim).transpose(1, 2)
         k = self.wk(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)
@@ -112,12 +108,7 @@ class Block(nn.Module):
         self.dropout = dropout
 
     def forward(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        input_pos: Tensor | None,
-        mask: Tensor | None,
+        self, x: Tensor, cos: Tensor, sin: Tensor, input_pos: Tensor | None, mask: Tensor | None
     ) -> Tensor:
         """Map x [B, T, dim] to the same shape."""
         x = x + self.drop(self.attention(self.attention_norm(x), cos, sin, input_pos, mask))
@@ -155,13 +146,12 @@ class ByteLlama(nn.Module):
             self.register_buffer("key_pos", torch.arange(max_context), persistent=False)
 
     def init_weights(self) -> None:
-        """Draw weights for training: std 0.02, smaller where a layer writes to the residual stream."""
+        """Draw weights for training: std 0.02, smaller where a layer adds to the residual."""
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 into_residual = name.endswith(("wo.weight", "w2.weight"))
                 nn.init.normal_(
-                    p,
-                    std=0.02 / (2 * self.config.n_layers) ** 0.5 if into_residual else 0.02,
+                    p, std=0.02 / (2 * self.config.n_layers) ** 0.5 if into_residual else 0.02
                 )
 
     def cast(self, dtype: torch.dtype) -> ByteLlama:
@@ -172,7 +162,7 @@ class ByteLlama(nn.Module):
         return self
 
     def forward(self, tokens: Tensor, input_pos: Tensor | None = None) -> Tensor:
-        """Return logits [B, T, vocab_size]; ``input_pos`` [T] are the places of tokens in the cache."""
+        """Return logits [B, T, vocab_size]; ``input_pos`` [T]: places of tokens in the cache."""
         if input_pos is None:
             cos, sin, mask = (
                 self.rope_cos[: tokens.shape[1]],
@@ -191,20 +181,13 @@ class ByteLlama(nn.Module):
     def generate(
         self, prompt: bytes, n_bytes: int, temperature: float = 0.0, seed: int = 0
     ) -> bytes:
-        """Continue ``prompt`` by up to ``n_bytes`` with the cache, greedily or sampled, until a byte 0."""
+        """Continue ``prompt`` by up to ``n_bytes``, greedily or sampled, until a byte 0."""
         device = self.output.weight.device
         generator = torch.Generator(device).manual_seed(seed)
-        tokens, position, out = (
-            torch.tensor([[0, *prompt]], device=device),
-            0,
-            bytearray(),
-        )
+        tokens, position, out = (torch.tensor([[0, *prompt]], device=device), 0, bytearray())
         while len(out) < n_bytes and position + tokens.shape[1] <= self.max_context:
             input_pos = torch.arange(position, position + tokens.shape[1], device=device)
-            logits, position = (
-                self(tokens, input_pos)[0, -1].float(),
-                position + tokens.shape[1],
-            )
+            logits, position = (self(tokens, input_pos)[0, -1].float(), position + tokens.shape[1])
             if temperature:
                 tokens = torch.multinomial(
                     (logits / temperature).softmax(0), 1, generator=generator
@@ -218,12 +201,9 @@ class ByteLlama(nn.Module):
 
 
 def load(
-    path: str | Path = WEIGHTS,
-    *,
-    max_context: int = 0,
-    dtype: torch.dtype = torch.float32,
+    path: str | Path = WEIGHTS, *, max_context: int = 0, dtype: torch.dtype = torch.float32
 ) -> ByteLlama:
-    """Load trained weights (safetensors, config in the file's metadata) into a model in ``eval`` mode."""
+    """Load trained weights (safetensors, config in its metadata) into a model in eval mode."""
     from safetensors import safe_open
 
     with safe_open(str(path), framework="pt") as file:
@@ -232,3 +212,22 @@ def load(
     model = ByteLlama(config, max_context=max_context)
     model.load_state_dict(state)
     return model.cast(dtype).eval()
+
+
+def as_tensor(text: bytes) -> Tensor:
+    """View bytes as a uint8 tensor."""
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
+
+
+def loss_of(model: ByteLlama, window: Tensor) -> Tensor:
+    """Mean cross entropy (nats) of each byte of ``window`` [B, T + 1] but the first."""
+    logits = model(window[:, :-1])
+    return F.cross_entropy(logits.float().flatten(0, 1), window[:, 1:].flatten())
+
+
+@torch.no_grad()
+def bits_per_byte(model: ByteLlama, data: Tensor, context: int, batch: int = 64) -> float:
+    """Mean bits per byte of ``data``, in windows of ``context`` bytes apart from each other."""
+    cuts = data[: (len(data) - 1) // context * context + 1].unfold(0, context + 1, context)
+    total = sum(float(loss_of(model, part.long())) * len(part) for part in cuts.split(batch))
+    return total / len(cuts) / math.log(2)

@@ -16,7 +16,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:
-    """Bring each matrix of g [n, rows, cols] near the orthogonal matrix closest to it, in bfloat16."""
+    """Bring each matrix of g [n, rows, cols] near its closest orthogonal one, in bfloat16."""
     a, b, c = COEFFICIENTS
     x = g.bfloat16()
     tall = x.shape[1] > x.shape[2]
@@ -34,7 +34,7 @@ class Muon(torch.optim.Optimizer):
 
     Args:
         params: matrices.
-        lr: root mean square of an update's entries is 0.2 * lr, about that of AdamW at the same rate.
+        lr: the entries of an update have root mean square 0.2 * lr, much as AdamW's have.
         weight_decay: each step multiplies the matrices by ``1 - lr * weight_decay``.
         momentum: of the Nesterov average of gradients.
     """

@@ -6,8 +6,8 @@
 Writes ``byte_llama.safetensors`` (bfloat16) and ``byte_llama.json`` (sizes, figures, samples) into
 ``--output``, twice a minute and at the end. The learning rate follows the clock: a short warm-up, a
 plateau, then a straight line to zero that ends when the minutes do. Matrices of the layers are
-trained by Muon (muon.py), the rest by AdamW; the library is read dozens of times, hence weight decay
-and a little dropout. Bits per byte are those of the held-out files (corpus.py). On a CPU,
+trained by Muon (muon.py), the rest by AdamW; the library is read dozens of times, hence weight
+decay and a little dropout. Bits per byte are those of the held-out files (corpus.py). On a CPU,
 ``--batch 2 --context 128 --minutes 0.3 --dim 64`` shows that the script works.
 """
 
@@ -24,14 +24,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from corpus import documents, standard_library, stream
-from model import ByteLlama, Config
+from model import WEIGHTS, ByteLlama, Config, as_tensor, bits_per_byte, loss_of
 from muon import Muon
 from safetensors.torch import save_file
 from torch import Tensor
 
 START = time.monotonic()
+LOG2 = math.log(2)
 PROMPTS = [
     b"",
     b'def read_config(path):\n    """',
@@ -41,7 +41,7 @@ PROMPTS = [
 
 
 def windows(data: Tensor, batch: int, context: int) -> Iterator[Tensor]:
-    """Yield batches [batch, context + 1] for ever; each epoch cuts ``data`` at another phase and shuffles the cuts."""
+    """Yield batches [batch, context + 1] for ever; each epoch shuffles cuts of another phase."""
     reach = torch.arange(context + 1, device=data.device)
     while True:
         phase = int(torch.randint(context, ()))
@@ -52,35 +52,21 @@ def windows(data: Tensor, batch: int, context: int) -> Iterator[Tensor]:
             yield data[starts[i : i + batch, None] + reach].long()
 
 
-def loss_of(model: ByteLlama, window: Tensor) -> Tensor:
-    """Mean cross entropy (nats) of each byte of ``window`` [B, T + 1] but the first."""
-    logits = model(window[:, :-1])
-    return F.cross_entropy(logits.float().flatten(0, 1), window[:, 1:].flatten())
-
-
-@torch.no_grad()
-def bits_per_byte(model: ByteLlama, data: Tensor, context: int, batch: int = 64) -> float:
-    """Mean bits per byte of ``data``, read in windows of ``context`` bytes that know nothing of each other."""
-    cuts = data[: (len(data) - 1) // context * context + 1].unfold(0, context + 1, context)
-    total = sum(float(loss_of(model, part.long())) * len(part) for part in cuts.split(batch))
-    return total / len(cuts) / math.log(2)
-
-
 def learning_rate(progress: float, warm_up: float = 0.02, decay: float = 0.6) -> float:
     """Factor on the peak rate at ``progress`` 0..1 of the time."""
     return max(min(progress / warm_up, 1.0, (1 - progress) / decay), 0.0)
 
 
 def save(model: ByteLlama, report: dict, folder: Path) -> None:
-    """Write weights and report, each in one step, so that a killed run leaves the last good pair."""
+    """Write weights and report, each in one step: a killed run leaves the last good ones."""
     metadata = {"config": json.dumps(dataclasses.asdict(model.config))}
     state = {
         name: p.detach().bfloat16().cpu().contiguous() for name, p in model.state_dict().items()
     }
     save_file(state, folder / "weights.tmp", metadata=metadata)
-    os.replace(folder / "weights.tmp", folder / "byte_llama.safetensors")
+    os.replace(folder / "weights.tmp", folder / WEIGHTS.name)
     (folder / "report.tmp").write_text(json.dumps(report, indent=1) + "\n")
-    os.replace(folder / "report.tmp", folder / "byte_llama.json")
+    os.replace(folder / "report.tmp", (folder / WEIGHTS.name).with_suffix(".json"))
 
 
 def samples(model: ByteLlama, n_bytes: int) -> dict[str, str]:
@@ -104,45 +90,27 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--source",
-        type=Path,
-        default=standard_library(),
-        help="folder of Python sources",
+        "--source", type=Path, default=standard_library(), help="folder of Python sources"
     )
     parser.add_argument(
         "--output", type=Path, default=Path("."), help="folder for weights and report"
     )
     parser.add_argument(
-        "--minutes",
-        type=float,
-        default=7.0,
-        help="wall time of the whole run but the samples",
+        "--minutes", type=float, default=7.0, help="wall time of the whole run but the samples"
     )
     parser.add_argument("--batch", type=int, default=32, help="sequences per step")
     parser.add_argument("--context", type=int, default=2048, help="bytes per sequence")
     parser.add_argument(
-        "--muon-rate",
-        type=float,
-        default=5e-3,
-        help="peak learning rate of the layers' matrices",
+        "--muon-rate", type=float, default=5e-3, help="peak learning rate of the layers' matrices"
     )
     parser.add_argument(
-        "--adam-rate",
-        type=float,
-        default=3e-3,
-        help="peak learning rate of embedding, head, norms",
+        "--adam-rate", type=float, default=3e-3, help="peak learning rate of embedding, head, norms"
     )
     parser.add_argument(
-        "--weight-decay",
-        type=float,
-        default=0.1,
-        help="of the layers' matrices, times the rate",
+        "--weight-decay", type=float, default=0.1, help="of the layers' matrices, times the rate"
     )
     parser.add_argument(
-        "--dropout",
-        type=float,
-        default=0.05,
-        help="on what each layer adds to the residual",
+        "--dropout", type=float, default=0.05, help="on what each layer adds to the residual"
     )
     parser.add_argument(
         "--dim", type=int, default=Config.dim, help="width, smaller for a trial run"
@@ -150,6 +118,35 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-compile", action="store_true", help="run without torch.compile")
     return parser.parse_args()
+
+
+class Clock:
+    """Progress 0..1 of training by wall time, extrapolated between looks at the clock.
+
+    The first steps compile; time counts from the end of step ``skipped`` to ``deadline`` seconds
+    after the start of the process.
+    """
+
+    skipped = 3
+
+    def __init__(self, deadline: float):
+        self.deadline, self.began, self.now = deadline, 0.0, 0.0
+        self.step, self.progress, self.rate = 0, 0.0, 0.0
+
+    def tick(self) -> bool:
+        """Count a step; say whether it is time to wait for the GPU and look at the clock."""
+        self.step += 1
+        self.progress += self.rate
+        return self.step % 10 == 0 or self.step <= self.skipped or self.progress >= 1
+
+    def look(self) -> None:
+        """Read the clock."""
+        self.now = time.monotonic() - START
+        if self.step <= self.skipped:
+            self.began = self.now
+        else:
+            self.progress = (self.now - self.began) / max(self.deadline - self.began, 1e-9)
+            self.rate = self.progress / (self.step - self.skipped)
 
 
 def main() -> None:
@@ -160,117 +157,78 @@ def main() -> None:
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
 
-    texts = {
-        side: documents(args.source, held_out=side == "held_out") for side in ("train", "held_out")
-    }
-    data = {
-        side: torch.frombuffer(bytearray(stream(docs)), dtype=torch.uint8)
-        for side, docs in texts.items()
-    }
-    data = {side: bytes_.to(device) for side, bytes_ in data.items()}
+    train_texts = documents(args.source, held_out=False)
+    held_out_texts = documents(args.source, held_out=True)
+    train_data = as_tensor(stream(train_texts)).to(device)
+    held_out_data = as_tensor(stream(held_out_texts)).to(device)
 
     config = Config(dim=args.dim)
     model = ByteLlama(config, dropout=args.dropout).to(device)
     model.init_weights()
     matrices = [p for p in model.layers.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if all(p is not m for m in matrices)]
-    optimizers = [
-        Muon(matrices, lr=args.muon_rate, weight_decay=args.weight_decay),
-        torch.optim.AdamW(
-            others, lr=args.adam_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
-        ),
-    ]
-    peaks = [args.muon_rate, args.adam_rate]
-    n_parameters = sum(p.numel() for p in model.parameters())
-    assert n_parameters == sum(p.numel() for p in matrices + others)
-    print(
-        f"{n_parameters:,} parameters; bytes:",
-        {side: len(t) for side, t in data.items()},
-        device,
-        flush=True,
-    )
+    muon = Muon(matrices, lr=args.muon_rate, weight_decay=args.weight_decay)
+    adam = torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    peaks = {muon: args.muon_rate, adam: args.adam_rate}
+    report = {
+        "config": dataclasses.asdict(config),
+        "n_parameters": sum(p.numel() for p in model.parameters()),
+        "files": {"train": len(train_texts), "held_out": len(held_out_texts)},
+        "bytes": {"train": len(train_data), "held_out": len(held_out_data)},
+        "arguments": {
+            k: v if isinstance(v, int | float) else v.name for k, v in vars(args).items()
+        },
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
+        "history": [],
+    }
+    print(json.dumps(report), flush=True)
 
-    def autocast() -> torch.autocast:
-        return torch.autocast(device.type, torch.bfloat16)
-
-    step_loss = loss_of if args.no_compile or device.type == "cpu" else torch.compile(loss_of)
-    batches = windows(data["train"], args.batch, args.context)
-    deadline, began, rate = args.minutes * 60, 0.0, 0.0
-    history: list[dict] = []
-    report: dict = {}
-    step, seen, losses, next_eval, progress = (
-        0,
-        0,
-        torch.zeros((), device=device),
-        30.0,
-        0.0,
-    )
-    while progress < 1.0:
+    autocast = torch.autocast(device.type, torch.bfloat16)
+    train_loss = loss_of if args.no_compile or device.type == "cpu" else torch.compile(loss_of)
+    batches = windows(train_data, args.batch, args.context)
+    clock = Clock(args.minutes * 60)
+    losses, next_report, last_step = torch.zeros((), device=device), 30.0, 0
+    while clock.progress < 1:
         model.train()
-        for optimizer, peak in zip(optimizers, peaks, strict=True):
+        for optimizer, peak in peaks.items():
             for group in optimizer.param_groups:
-                group["lr"] = peak * learning_rate(progress)
-        window = next(batches)
-        with autocast():
-            loss = step_loss(model, window)
+                group["lr"] = peak * learning_rate(clock.progress)
+        with autocast:
+            loss = train_loss(model, next(batches))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
+        for optimizer in peaks:
             optimizer.step()
         model.zero_grad(set_to_none=True)
         losses += loss.detach()
-        step, seen, progress = step + 1, seen + window[:, 1:].numel(), progress + rate
-        if step % 10 and step > 3 and progress < 1.0:
+        if not clock.tick():
             continue
-        float(losses)  # waits for the GPU, so that the clock below tells the truth
-        now = time.monotonic() - START
-        if step <= 3:  # the first steps compile; time counts from here
-            began, progress = now, 0.0
-            continue
-        progress = (now - began) / max(deadline - began, 1e-9)
-        rate = progress / (step - 3)
-        if now < next_eval and progress < 1.0:
+        losses.item()  # waits for the GPU, so that the clock tells the truth
+        clock.look()
+        if clock.now < next_report and clock.progress < 1:
             continue
         model.eval()
-        with autocast():
-            held_out = bits_per_byte(model, data["held_out"], args.context)
-        n_losses = step - (history[-1]["step"] if history else 0)
+        with autocast:
+            held_out = bits_per_byte(model, held_out_data, args.context)
+        seen = clock.step * args.batch * args.context
         row = {
-            "step": step,
-            "seconds": round(now, 1),
-            "progress": round(progress, 3),
-            "train_bits_per_byte": round(float(losses) / n_losses / math.log(2), 4),
+            "step": clock.step,
+            "seconds": round(clock.now, 1),
+            "progress": round(clock.progress, 3),
+            "train_bits_per_byte": round(losses.item() / (clock.step - last_step) / LOG2, 4),
             "held_out_bits_per_byte": round(held_out, 4),
-            "bytes_per_second": round(seen / (now - began)) if now > began else 0,
-            "epochs": round(seen / len(data["train"]), 2),
+            "bytes_per_second": round(seen / max(clock.now - clock.began, 1e-9)),
+            "epochs": round(seen / len(train_data), 2),
         }
         print(json.dumps(row), flush=True)
-        history.append(row)
-        losses.zero_()
-        next_eval = time.monotonic() - START + 30
-        report = {
-            "config": dataclasses.asdict(config),
-            "n_parameters": n_parameters,
-            "python_library": f"{len(texts['train'])} training and {len(texts['held_out'])} held-out files",
-            "bytes": {side: len(t) for side, t in data.items()},
-            "arguments": {
-                k: v if isinstance(v, int | float) else v.name for k, v in vars(args).items()
-            },
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-            },
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
-            "history": history,
-        }
+        report["history"].append(row)
         save(model, report, args.output)
-    model.eval()
-    report["samples"] = samples(model, 600 if device.type == "cuda" else 40)
+        losses.zero_()
+        next_report, last_step = clock.now + 30, clock.step
+    report["samples"] = samples(model.eval(), 600 if device.type == "cuda" else 40)
     save(model, report, args.output)
-    print(
-        f"saved {args.output / 'byte_llama.safetensors'} after {time.monotonic() - START:.0f} s",
-        flush=True,
-    )
+    print(f"saved {args.output / WEIGHTS.name} after {time.monotonic() - START:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
