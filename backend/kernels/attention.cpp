@@ -1,0 +1,167 @@
+// cuda_int4::attention: validation, and the CPU entry.
+#include <cinttypes>
+
+#include "checks.h"
+#include "cpu/isa.h"
+#include "cpu/numeric.h"
+#include "ops.h"
+#include "parallel.h"
+
+namespace cuda_int4 {
+
+namespace {
+
+constexpr char kOp[] = "cuda_int4::attention";
+
+// [B, H, L, D], last dimension contiguous, within its bytes. Strides must not be negative; the
+// view's nbytes is that of its elements and says nothing about the gaps between them.
+Status check_heads(const char* part, const TensorView& view) {
+  const TensorCheck check{kOp, part, "pass a tensor [B, H, L, D] whose last dimension is dense"};
+  int64_t numel = 0;
+  CUDA_INT4_RETURN_IF_ERROR(check_sizes(check, view, &numel));
+  CUDA_INT4_RETURN_IF_ERROR(check_float_kind(check, view));
+  if (view.ndim != 4) {
+    return error(StatusCode::kInvalidArgument, "%s: expected %s [B, H, L, D], got %s; %s", kOp,
+                 part, ShapeText(view).text, check.cure);
+  }
+  if (view.sizes[3] > 1 && view.strides[3] != 1) {
+    return error(StatusCode::kInvalidArgument,
+                 "%s: expected stride 1 in the last dimension of %s, got %" PRId64 "; %s", kOp,
+                 part, view.strides[3], check.cure);
+  }
+  for (int d = 0; d < 3; ++d) {
+    if (view.strides[d] < 0 || view.strides[d] > kMaxElems) {
+      return error(StatusCode::kInvalidArgument,
+                   "%s: expected strides of %s in 0..%" PRId64 ", got %" PRId64
+                   " in dimension %d; %s",
+                   kOp, part, kMaxElems, view.strides[d], d, check.cure);
+    }
+  }
+  CUDA_INT4_RETURN_IF_ERROR(check_data(check, view));
+  return check_alignment(check, view, dtype_bytes(view.dtype));
+}
+
+Status check_mask(const AttentionArgs& args) {
+  if (!args.mask.present()) return {};
+  const TensorCheck check{kOp, "mask",
+                          "pass a bool or additive mask that broadcasts to [B, Hq, S, T]"};
+  int64_t numel = 0;
+  CUDA_INT4_RETURN_IF_ERROR(check_sizes(check, args.mask, &numel));
+  if (args.mask.dtype != DType::kBool && args.mask.dtype != args.q.dtype) {
+    return error(StatusCode::kInvalidArgument, "%s: expected mask of dtype bool or %s, got %s; %s",
+                 kOp, dtype_name(args.q.dtype), dtype_name(args.mask.dtype), check.cure);
+  }
+  const int64_t full[4] = {args.q.sizes[0], args.q.sizes[1], args.q.sizes[2], args.k.sizes[2]};
+  bool fits = args.mask.ndim <= 4;
+  for (int d = 0; fits && d < args.mask.ndim; ++d) {
+    const int64_t size = args.mask.sizes[d], want = full[4 - args.mask.ndim + d];
+    fits = (size == want || size == 1) && args.mask.strides[d] >= 0 &&
+           args.mask.strides[d] <= kMaxElems;
+  }
+  if (!fits) {
+    return error(StatusCode::kInvalidArgument,
+                 "%s: expected mask that broadcasts to [%" PRId64 ", %" PRId64 ", %" PRId64
+                 ", %" PRId64 "], got %s; %s",
+                 kOp, full[0], full[1], full[2], full[3], ShapeText(args.mask).text, check.cure);
+  }
+  CUDA_INT4_RETURN_IF_ERROR(check_data(check, args.mask));
+  return check_alignment(check, args.mask, dtype_bytes(args.mask.dtype));
+}
+
+cpu::AttentionJob make_job(const AttentionArgs& args) {
+  cpu::AttentionJob job = {};
+  job.q = args.q.data;
+  job.k = args.k.data;
+  job.v = args.v.data;
+  job.y = args.y.data;
+  job.dtype = args.q.dtype;
+  job.is_causal = args.is_causal;
+  job.B = args.q.sizes[0];
+  job.Hq = args.q.sizes[1];
+  job.S = args.q.sizes[2];
+  job.D = args.q.sizes[3];
+  job.Hkv = args.k.sizes[1];
+  job.T = args.k.sizes[2];
+  job.scale = static_cast<float>(args.scale);
+  for (int d = 0; d < 3; ++d) {
+    job.q_strides[d] = args.q.strides[d];
+    job.k_strides[d] = args.k.strides[d];
+    job.v_strides[d] = args.v.strides[d];
+  }
+  if (args.mask.present()) {
+    job.mask = args.mask.data;
+    job.mask_is_bool = args.mask.dtype == DType::kBool;
+    for (int d = 0; d < args.mask.ndim; ++d) {
+      job.mask_strides[4 - args.mask.ndim + d] = args.mask.sizes[d] == 1 ? 0 : args.mask.strides[d];
+    }
+  }
+  return job;
+}
+
+}  // namespace
+
+Status validate_attention(const AttentionArgs& args) {
+  CUDA_INT4_RETURN_IF_ERROR(check_heads("q", args.q));
+  CUDA_INT4_RETURN_IF_ERROR(check_heads("k", args.k));
+  CUDA_INT4_RETURN_IF_ERROR(check_heads("v", args.v));
+  const TensorCheck y{kOp, "y", "allocate a contiguous y like q"};
+  int64_t numel = 0;
+  CUDA_INT4_RETURN_IF_ERROR(check_contiguous(y, args.y, &numel));
+  CUDA_INT4_RETURN_IF_ERROR(check_same_shape(y, args.y, args.q));
+  CUDA_INT4_RETURN_IF_ERROR(check_data(y, args.y));
+  CUDA_INT4_RETURN_IF_ERROR(check_alignment(y, args.y, dtype_bytes(args.y.dtype)));
+
+  const TensorView& q = args.q;
+  const TensorView& k = args.k;
+  if (k.dtype != q.dtype || args.v.dtype != q.dtype || args.y.dtype != q.dtype) {
+    return error(StatusCode::kInvalidArgument,
+                 "%s: expected q, k, v and y of one dtype, got %s, %s, %s and %s; cast them", kOp,
+                 dtype_name(q.dtype), dtype_name(k.dtype), dtype_name(args.v.dtype),
+                 dtype_name(args.y.dtype));
+  }
+  const int64_t Hkv = k.sizes[1];
+  if (k.sizes[0] != q.sizes[0] || k.sizes[3] != q.sizes[3] || Hkv == 0 || q.sizes[1] % Hkv != 0) {
+    return error(StatusCode::kInvalidArgument,
+                 "%s: expected k [B, Hkv, T, D] with the B and D of q and Hq %% Hkv == 0, got q %s "
+                 "and k %s; fix the call",
+                 kOp, ShapeText(q).text, ShapeText(k).text);
+  }
+  CUDA_INT4_RETURN_IF_ERROR(check_same_shape({kOp, "v", "v has the shape of k"}, args.v, args.k));
+  if (!(args.scale - args.scale == 0)) {
+    return error(StatusCode::kInvalidArgument,
+                 "%s: expected a finite scale, got %f; the usual one is 1/sqrt(D)", kOp,
+                 args.scale);
+  }
+  return check_mask(args);
+}
+
+uint64_t attention_scratch_bytes(const AttentionArgs&, DeviceKind) { return 0; }
+
+namespace cpu {
+
+Status attention_on(const CpuKernels& kernels, const AttentionArgs& args,
+                    const ExecutionContext& context) {
+  const AttentionJob job = make_job(args);
+  if (job.D > kMaxHeadDim) {
+    return error(StatusCode::kUnsupported,
+                 "%s: expected head size D of at most %" PRId64 ", got %" PRId64
+                 "; leave this attention outside the delegate",
+                 kOp, kMaxHeadDim, job.D);
+  }
+  const int64_t row_blocks = ceil_div(job.Hq / job.Hkv * job.S, kAttentionRows);
+  const int64_t work_per_item = kAttentionRows * job.D * larger(job.T, 1);
+  parallel_for(context, job.B * job.Hkv * row_blocks, ceil_div(int64_t{1} << 16, work_per_item),
+               [&](int64_t begin, int64_t end) { kernels.attention(job, begin, end); });
+  return {};
+}
+
+}  // namespace cpu
+
+Status attention(const AttentionArgs& args, const ExecutionContext& context) {
+  CUDA_INT4_RETURN_IF_ERROR(validate_attention(args));
+  CUDA_INT4_RETURN_IF_ERROR(check_cpu_device(kOp, context));
+  if (args.y.nbytes == 0) return {};
+  return cpu::attention_on(cpu::best_kernels(), args, context);
+}
+
+}  // namespace cuda_int4

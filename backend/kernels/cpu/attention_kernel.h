@@ -1,0 +1,164 @@
+// attention for one instruction set S -- y = softmax(q @ k.T * scale + mask) @ v
+//
+//   operand  dtype            shape             order in memory
+//   q        f16, bf16, f32   [B, Hq, S, D]     last dimension contiguous
+//   k, v     dtype of q       [B, Hkv, T, D]    last dimension contiguous
+//   mask     bool | of q      [B, Hq, S, T]     any strides, 0 where broadcast
+//   y (out)  dtype of q       [B, Hq, S, D]     contiguous
+//
+// One pass over the keys in tiles (online softmax): no score matrix, no scratch. The rows of all
+// query heads that share a key head go together, so a tile is converted to float32 once for them.
+// Numerics  float32 throughout, one rounding at the store. A row that may attend to nothing is 0,
+//           as in torch. NaN and infinity in q, k, v spread to the rows that read them.
+#pragma once
+
+#include <cmath>
+#include <type_traits>
+
+#include "cpu_kernels.h"
+#include "rowwise.h"
+#include "simd_math.h"
+
+namespace cuda_int4 {
+namespace cpu {
+
+constexpr int64_t kTileKeys = 16;
+constexpr float kMinusInfinity = -__builtin_huge_valf();
+
+// The running softmax of up to kAttentionRows query rows; rows padded to `D_pad` floats.
+struct AttentionState {
+  alignas(64) float q[kAttentionRows * kMaxHeadDim];
+  alignas(64) float sum_pv[kAttentionRows * kMaxHeadDim];  // sum of exp(score - top) * v
+  alignas(64) float tile[kTileKeys * kMaxHeadDim];         // keys, then values, in float32
+  alignas(64) float scores[kAttentionRows][kTileKeys];
+  float top[kAttentionRows];    // greatest score so far
+  float sum_p[kAttentionRows];  // sum of exp(score - top)
+};
+
+template <class S, class T>
+static void load_rows(const T* from, int64_t row_stride, int64_t n_rows, int64_t D, int64_t D_pad,
+                      float* to) {
+  for (int64_t r = 0; r < n_rows; ++r) {
+    for (int64_t d = 0; d < D; d += S::kLanes) {
+      S::store(to + r * D_pad + d, load_partial<S>(from + r * row_stride + d, D - d));
+    }
+  }
+}
+
+template <class T>
+static float mask_term(const AttentionJob& job, int64_t b, int64_t h, int64_t s, int64_t t) {
+  if (job.mask == nullptr) return 0.f;
+  const int64_t at = b * job.mask_strides[0] + h * job.mask_strides[1] + s * job.mask_strides[2] +
+                     t * job.mask_strides[3];
+  if (job.mask_is_bool) {
+    return static_cast<const uint8_t*>(job.mask)[at] != 0 ? 0.f : kMinusInfinity;
+  }
+  return to_float(static_cast<const T*>(job.mask)[at]);
+}
+
+// Turns row r's scores into exp(score - top) and rescales what was summed under the old top.
+template <class S>
+static void softmax_step(AttentionState* state, int64_t r, int64_t D_pad) {
+  using F = typename S::F;
+  float* scores = state->scores[r];
+  float top = state->top[r];
+  for (int64_t t = 0; t < kTileKeys; ++t) top = scores[t] > top ? scores[t] : top;
+  // A row with nothing to attend to so far keeps top at -inf; 0 stands in to avoid inf - inf.
+  const float reference = top == kMinusInfinity ? 0.f : top;
+  const float rescale = state->top[r] == kMinusInfinity ? 0.f : std::exp(state->top[r] - reference);
+  F sum = S::zero();
+  for (int64_t t = 0; t < kTileKeys; t += S::kLanes) {
+    const F p = exp<S>(S::sub(S::load(scores + t), S::set1(reference)));
+    S::store(scores + t, p);
+    sum = S::add(sum, p);
+  }
+  state->sum_p[r] = state->sum_p[r] * rescale + S::sum(sum);
+  state->top[r] = top;
+  if (rescale == 1.f) return;
+  float* sum_pv = state->sum_pv + r * D_pad;
+  for (int64_t d = 0; d < D_pad; d += S::kLanes) {
+    S::store(sum_pv + d, S::mul(S::load(sum_pv + d), S::set1(rescale)));
+  }
+}
+
+template <class S, class T>
+static void attention_rows(const AttentionJob& job, int64_t b, int64_t hkv, int64_t row_begin,
+                           int64_t n_rows) {
+  using F = typename S::F;
+  const int64_t rep = job.Hq / job.Hkv, D = job.D;
+  const int64_t D_pad = ceil_div(D, S::kLanes) * S::kLanes;
+  AttentionState state;
+  int64_t last_key = job.is_causal ? 0 : job.T;  // end of the keys that any row sees
+  for (int64_t r = 0; r < n_rows; ++r) {
+    const int64_t h = hkv * rep + (row_begin + r) / job.S, s = (row_begin + r) % job.S;
+    load_rows<S>(static_cast<const T*>(job.q) + b * job.q_strides[0] + h * job.q_strides[1] +
+                     s * job.q_strides[2],
+                 0, 1, D, D_pad, state.q + r * D_pad);
+    for (int64_t d = 0; d < D_pad; ++d) state.sum_pv[r * D_pad + d] = 0.f;
+    state.top[r] = kMinusInfinity;
+    state.sum_p[r] = 0.f;
+    if (job.is_causal) last_key = larger(last_key, smaller(s + 1, job.T));
+  }
+  const T* k = static_cast<const T*>(job.k) + b * job.k_strides[0] + hkv * job.k_strides[1];
+  const T* v = static_cast<const T*>(job.v) + b * job.v_strides[0] + hkv * job.v_strides[1];
+
+  for (int64_t t0 = 0; t0 < last_key; t0 += kTileKeys) {
+    const int64_t n_keys = smaller(kTileKeys, last_key - t0);
+    load_rows<S>(k + t0 * job.k_strides[2], job.k_strides[2], n_keys, D, D_pad, state.tile);
+    for (int64_t r = 0; r < n_rows; ++r) {
+      const int64_t h = hkv * rep + (row_begin + r) / job.S, s = (row_begin + r) % job.S;
+      const float* q = state.q + r * D_pad;
+      for (int64_t t = 0; t < kTileKeys; ++t) {
+        if (t >= n_keys || (job.is_causal && t0 + t > s)) {
+          state.scores[r][t] = kMinusInfinity;
+          continue;
+        }
+        F dot = S::zero();
+        for (int64_t d = 0; d < D_pad; d += S::kLanes) {
+          dot = S::fma(S::load(q + d), S::load(state.tile + t * D_pad + d), dot);
+        }
+        state.scores[r][t] = S::sum(dot) * job.scale + mask_term<T>(job, b, h, s, t0 + t);
+      }
+      softmax_step<S>(&state, r, D_pad);
+    }
+    load_rows<S>(v + t0 * job.v_strides[2], job.v_strides[2], n_keys, D, D_pad, state.tile);
+    for (int64_t r = 0; r < n_rows; ++r) {
+      const int64_t s = (row_begin + r) % job.S;
+      // Keys a causal row does not see are left out, so that their values cannot spread NaN.
+      const int64_t n_seen = job.is_causal ? smaller(n_keys, s + 1 - t0) : n_keys;
+      for (int64_t d = 0; d < D_pad; d += S::kLanes) {
+        F sum = S::load(state.sum_pv + r * D_pad + d);
+        for (int64_t t = 0; t < n_seen; ++t) {
+          sum = S::fma(S::set1(state.scores[r][t]), S::load(state.tile + t * D_pad + d), sum);
+        }
+        S::store(state.sum_pv + r * D_pad + d, sum);
+      }
+    }
+  }
+
+  for (int64_t r = 0; r < n_rows; ++r) {
+    const int64_t h = hkv * rep + (row_begin + r) / job.S, s = (row_begin + r) % job.S;
+    T* y = static_cast<T*>(job.y) + ((b * job.Hq + h) * job.S + s) * D;
+    const F factor = S::set1(state.sum_p[r] == 0.f ? 0.f : 1.f / state.sum_p[r]);
+    for (int64_t d = 0; d < D; d += S::kLanes) {
+      store_partial<S>(y + d, S::mul(S::load(state.sum_pv + r * D_pad + d), factor), D - d);
+    }
+  }
+}
+
+template <class S>
+static void attention(const AttentionJob& job, int64_t item_begin, int64_t item_end) {
+  const int64_t rows = job.Hq / job.Hkv * job.S;
+  const int64_t row_blocks = ceil_div(rows, kAttentionRows);
+  for (int64_t item = item_begin; item < item_end; ++item) {
+    const int64_t row_begin = item % row_blocks * kAttentionRows;
+    const int64_t hkv = item / row_blocks % job.Hkv, b = item / row_blocks / job.Hkv;
+    with_type(job.dtype, [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      attention_rows<S, T>(job, b, hkv, row_begin, smaller(kAttentionRows, rows - row_begin));
+    });
+  }
+}
+
+}  // namespace cpu
+}  // namespace cuda_int4

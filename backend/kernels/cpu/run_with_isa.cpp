@@ -1,0 +1,74 @@
+// For tests: one op on a stated instruction set, its work cut into the smallest ranges the grain
+// allows and run last range first, so that a result that depends on the cuts shows.
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+
+#include "../checks.h"
+#include "isa.h"
+#include "numeric.h"
+
+namespace cuda_int4 {
+namespace cpu {
+
+namespace {
+
+void smallest_ranges_last_first(int64_t n, int64_t grain,
+                                void (*fn)(void* context, int64_t begin, int64_t end),
+                                void* context) {
+  const int64_t step = larger(grain, 1);
+  for (int64_t range = ceil_div(n, step) - 1; range >= 0; --range) {
+    fn(context, range * step, smaller(n, (range + 1) * step));
+  }
+}
+
+Status run(const char* op, const void* args, const CpuKernels& kernels) {
+  ExecutionContext context = {DeviceKind::kCpu, nullptr, smallest_ranges_last_first, nullptr, 0};
+  if (strcmp(op, "linear") == 0) {
+    const LinearArgs& linear_args = *static_cast<const LinearArgs*>(args);
+    CUDA_INT4_RETURN_IF_ERROR(validate_linear(linear_args));
+    const uint64_t needed_bytes = linear_scratch_bytes_on(kernels, linear_args);
+    const std::unique_ptr<void, void (*)(void*)> scratch(
+        aligned_alloc(64, (needed_bytes + 127) / 64 * 64), free);
+    if (scratch == nullptr) return error(StatusCode::kOutOfMemory, "run_with_isa: out of memory");
+    context.scratch = scratch.get();
+    context.scratch_bytes = needed_bytes;
+    return linear_args.y.nbytes == 0 ? Status{} : linear_on(kernels, linear_args, context);
+  }
+  if (strcmp(op, "attention") == 0) {
+    const AttentionArgs& attention_args = *static_cast<const AttentionArgs*>(args);
+    CUDA_INT4_RETURN_IF_ERROR(validate_attention(attention_args));
+    return attention_on(kernels, attention_args, context);
+  }
+  if (strcmp(op, "rms_norm") == 0) {
+    const RmsNormArgs& norm_args = *static_cast<const RmsNormArgs*>(args);
+    CUDA_INT4_RETURN_IF_ERROR(validate_rms_norm(norm_args));
+    return rms_norm_on(kernels, norm_args, context);
+  }
+  if (strcmp(op, "silu") == 0) {
+    const SiluArgs& silu_args = *static_cast<const SiluArgs*>(args);
+    CUDA_INT4_RETURN_IF_ERROR(validate_silu(silu_args));
+    return silu_on(kernels, silu_args, context);
+  }
+  return error(StatusCode::kInvalidArgument,
+               "run_with_isa: expected linear, attention, rms_norm or silu, got \"%.64s\"; fix the "
+               "test",
+               op);
+}
+
+}  // namespace
+
+}  // namespace cpu
+}  // namespace cuda_int4
+
+// args: the op's argument struct. Returns the StatusCode, and the message in *status.
+// kUnsupported: this machine or build does not have `isa`.
+extern "C" __attribute__((visibility("default"))) int32_t cuda_int4_run_with_isa(
+    const char* op, const void* args, const char* isa, cuda_int4::Status* status) {
+  using namespace cuda_int4;
+  const cpu::CpuKernels* kernels = cpu::kernels_for_isa(isa);
+  *status = kernels == nullptr
+                ? error(StatusCode::kUnsupported, "run_with_isa: no \"%.64s\" on this machine", isa)
+                : cpu::run(op, args, *kernels);
+  return static_cast<int32_t>(status->code);
+}

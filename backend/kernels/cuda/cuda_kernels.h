@@ -1,0 +1,20 @@
+// The seam between the library and its CUDA kernels: one table, null in a build without nvcc.
+//
+// cuda_kernels.cu fills it; cuda_kernels_none.cpp stands in where there is no nvcc. Nothing outside
+// backend/kernels/cuda includes a CUDA header.
+#pragma once
+
+#include "../ops.h"
+
+namespace cuda_int4 {
+
+struct CudaKernels {
+  // coalesced.v1, activation "none"; arguments have passed validate_linear. Asynchronous: returns
+  // when the work is on context.stream.
+  Status (*linear_coalesced_w4a16)(const LinearArgs& args, const ExecutionContext& context);
+};
+
+// nullptr: built without CUDA.
+const CudaKernels* cuda_kernels();
+
+}  // namespace cuda_int4
