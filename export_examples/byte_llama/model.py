@@ -154,6 +154,12 @@ class ByteLlama(nn.Module):
                     p, std=0.02 / (2 * self.config.n_layers) ** 0.5 if into_residual else 0.02
                 )
 
+    def reset(self) -> None:
+        """Empty the cache."""
+        for layer in self.layers:
+            layer.attention.k_cache.zero_()
+            layer.attention.v_cache.zero_()
+
     def cast(self, dtype: torch.dtype) -> ByteLlama:
         """Give weights, activations and cache ``dtype``; the rope tables stay float32."""
         tables = self.rope_cos, self.rope_sin
@@ -226,8 +232,15 @@ def loss_of(model: ByteLlama, window: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def bits_per_byte(model: ByteLlama, data: Tensor, context: int, batch: int = 64) -> float:
-    """Mean bits per byte of ``data``, in windows of ``context`` bytes apart from each other."""
+def bits_per_byte(
+    model: ByteLlama, data: Tensor, context: int, batch: int = 64, n_windows: int = 0
+) -> float:
+    """Mean bits per byte of ``data``, in windows of ``context`` bytes apart from each other.
+
+    ``n_windows`` > 0 reads that many, evenly spaced; 0 reads all.
+    """
     cuts = data[: (len(data) - 1) // context * context + 1].unfold(0, context + 1, context)
+    if n_windows:
+        cuts = cuts[torch.linspace(0, len(cuts) - 1, n_windows).long()]
     total = sum(float(loss_of(model, part.long())) * len(part) for part in cuts.split(batch))
     return total / len(cuts) / math.log(2)

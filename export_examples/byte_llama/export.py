@@ -1,0 +1,150 @@
+"""Export the byte Llama with int4 weights to ``byte_llama.pte``.
+
+    python export.py                                        # bf16 activations, groups of 32
+    python export.py --group-size 128 --symmetric --activation int8 -o small.pte
+    cuda-int4 run byte_llama.pte --tokenizer bytes --prompt 'def main():'
+
+``forward(tokens [1, S] int64, input_pos [S] int64) -> logits [1, S, 256]`` with S from 1 to the
+context's length; the key-value cache lives in the program. The constant methods are those that
+executorch's TextLLMRunner asks for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from model import WEIGHTS, ByteLlama, load
+
+import cuda_int4
+
+Forward = Callable[[torch.Tensor, torch.Tensor], list[torch.Tensor]]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def build(
+    path: str | Path,
+    *,
+    weights: str | Path = WEIGHTS,
+    group_size: int = 32,
+    symmetric: bool = False,
+    method: str = "hqq",
+    activation: str = "none",
+    dtype: torch.dtype = torch.bfloat16,
+    max_context: int = 2048,
+    external_weights: bool = False,
+) -> tuple[ByteLlama, str]:
+    """Quantize, export, and write ``path``.
+
+    Returns:
+        The eager model with the same int4 weights and an empty cache, and the path written.
+    """
+    model = load(weights, max_context=max_context, dtype=dtype)
+    config = cuda_int4.Int4Config(
+        group_size=group_size, symmetric=symmetric, method=method, activation=activation
+    )
+    cuda_int4.quantize_(model, config)
+    length = torch.export.Dim("length", min=1, max=max_context)
+    written = cuda_int4.export(
+        model,
+        (torch.zeros(1, 8, dtype=torch.long), torch.arange(8)),
+        path,
+        dynamic_shapes=({1: length}, {0: length}),
+        activation=activation,
+        constant_methods={
+            "get_max_seq_len": max_context,
+            "get_max_context_len": max_context,
+            "get_vocab_size": model.config.vocab_size,
+            "get_bos_id": 0,
+            "get_eos_ids": [0],
+            "use_kv_cache": True,
+            "enable_dynamic_shape": True,
+            "use_sdpa_with_kv_cache": False,
+        },
+        external_weights=external_weights,
+    )
+    return model, str(written)
+
+
+@dataclasses.dataclass
+class Agreement:
+    """How a program's logits compare with the eager model's over teacher-forced tokens."""
+
+    n_tokens: int
+    n_equal: int  # positions where both put the same byte first
+    first_difference: int | None  # the first position where they do not
+    widest_margin: float  # how far eager's top two lie apart, at most, where they do not
+    greatest_difference: float  # between two logits
+    greatest_logit: float
+
+
+@torch.no_grad()
+def agreement(model: ByteLlama, forward: Forward, text: bytes, prefill: int = 64) -> Agreement:
+    """Feed ``text`` to both: the first ``prefill`` bytes at once, the others one by one.
+
+    Args:
+        model: the eager model, with a cache.
+        forward: of the program: (tokens, input_pos) -> [logits].
+        text: at most as many bytes as the cache has positions, less one.
+        prefill: bytes of the first call.
+    """
+    model.reset()
+    tokens = torch.tensor([[0, *text]])
+    cuts = [0, *range(min(prefill, len(text)), len(text) + 2)]
+    result = Agreement(0, 0, None, 0.0, 0.0, 0.0)
+    for start, end in itertools.pairwise(cuts):
+        input_pos = torch.arange(start, end)
+        eager = model(tokens[:, start:end], input_pos)[0].float()
+        ours = forward(tokens[:, start:end], input_pos)[0][0].float()
+        result.greatest_difference = max(
+            result.greatest_difference, float((ours - eager).abs().max())
+        )
+        result.greatest_logit = max(result.greatest_logit, float(eager.abs().max()))
+        differs = ours.argmax(-1) != eager.argmax(-1)
+        if differs.any():
+            top = eager[differs].topk(2).values
+            result.widest_margin = max(result.widest_margin, float((top[:, 0] - top[:, 1]).max()))
+            if result.first_difference is None:
+                result.first_difference = start + int(differs.nonzero()[0])
+        result.n_tokens += end - start
+        result.n_equal += end - start - int(differs.sum())
+    return result
+
+
+def main() -> None:
+    """Read the command line and export."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("-o", "--output", default="byte_llama.pte")
+    parser.add_argument("--group-size", type=int, default=32)
+    parser.add_argument("--symmetric", action="store_true", help="no zero points")
+    parser.add_argument("--method", choices=["min_max", "hqq"], default="hqq")
+    parser.add_argument("--activation", choices=["none", "int8"], default="none")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
+    parser.add_argument("--max-context", type=int, default=2048)
+    parser.add_argument("--external-weights", action="store_true", help="weights in a .ptd")
+    parser.add_argument("--check", type=int, default=0, help="compare this many tokens with eager")
+    args = parser.parse_args()
+    model, path = build(
+        args.output,
+        group_size=args.group_size,
+        symmetric=args.symmetric,
+        method=args.method,
+        activation=args.activation,
+        dtype=DTYPES[args.dtype],
+        max_context=args.max_context,
+        external_weights=args.external_weights,
+    )
+    print(f"{path}: {Path(path).stat().st_size / 1e6:.2f} MB")
+    if args.check:
+        text = Path(__file__).with_name("model.py").read_bytes()[: args.check - 1]
+        print(agreement(model, cuda_int4.load(path, device="cpu").forward, text))
+
+
+if __name__ == "__main__":
+    main()
