@@ -81,7 +81,7 @@ def _run(op: str, args: tuple, out: Tensor) -> Tensor:
         setattr(struct, name, value.encode() if isinstance(value, str) else value)
     is_cuda = out.device.type == "cuda"
     stream = torch.cuda.current_stream(out.device).cuda_stream if is_cuda else None
-    function = getattr(_native.library(), f"cuda_int4_{op}")
+    function = getattr(_native.library(), op)
     _native.check(function(ctypes.byref(struct), int(is_cuda), stream))
     return out
 

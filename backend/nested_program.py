@@ -1,0 +1,192 @@
+"""From an ExportedProgram to the nested ExecuTorch program and its constants.
+
+ExecuTorch emits the program as it would emit a whole ``.pte``; the result is then edited:
+
+- generic ops are renamed ``aten::x`` -> ``cuda_int4::x``, so that an op that the runtime lacks is
+  an error there and never a CPU kernel on device pointers. Ours, ``aten::sym_*`` and
+  ``executorch_prim::*`` keep their names.
+- constants leave the program: each constant tensor becomes external, under a key that is a hash of
+  its contents and carries its layout tag.
+
+Inputs, outputs and mutable buffers are not memory-planned: the delegate owns them or is handed them.
+
+Private APIs of executorch 1.5.1 are used here and in partitioner.py, and nowhere else:
+``ExecutorchProgramManager._emitter_output``, ``serialize_for_executorch``, ``exir.schema``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from dataclasses import dataclass
+
+import torch
+from executorch.exir import (
+    EdgeCompileConfig,
+    EdgeProgramManager,
+    ExecutorchBackendConfig,
+)
+from executorch.exir._serialize._serialize import serialize_for_executorch
+from executorch.exir.emit import EmitterOutput
+from executorch.exir.passes import MemoryPlanningPass
+from executorch.exir.schema import (
+    Buffer,
+    ExecutionPlan,
+    ExtraTensorInfo,
+    Tensor,
+    TensorDataLocation,
+)
+from executorch.extension.flat_tensor.serialize.serialize import (
+    FlatTensorConfig,
+    FlatTensorSerializer,
+)
+from torch.export import ExportedProgram
+
+from .passes.graph import args_of, calls, constant_name, input_spec, is_constant
+
+RENAMED_NAMESPACES = ("aten", "dim_order_ops")
+_KEPT_PREFIX = "aten::sym_"
+_LINEAR_PARTS = ("qdata", "scale", "zero_point", "meta", "bias")
+DENSE_TAG = "dense.v1"
+
+
+@dataclass(frozen=True)
+class Constant:
+    """One constant of the nested program.
+
+    Attributes:
+        node: name of its placeholder in the graph.
+        name: fully qualified name in the model.
+        key: key in the named data store.
+        dtype: number of the torch ScalarType.
+        sizes: contiguous sizes.
+        data: its bytes.
+    """
+
+    node: str
+    name: str
+    key: str
+    dtype: int
+    sizes: tuple[int, ...]
+    data: bytes
+
+
+@dataclass(frozen=True)
+class NestedProgram:
+    """A serialized program without constants, its operators by name, and the constants."""
+
+    data: bytes
+    ops: tuple[str, ...]
+    constants: tuple[Constant, ...]
+
+
+def emit_nested_program(program: ExportedProgram) -> NestedProgram:
+    """Emit ``program`` (edge dialect, passes done); consumes its graph and its constants."""
+    roles = _roles(program)
+    config = ExecutorchBackendConfig(
+        memory_planning_pass=MemoryPlanningPass(
+            alloc_graph_input=False,
+            alloc_graph_output=False,
+            alloc_mutable_buffers=False,
+        ),
+        emit_mutable_buffer_names=True,
+        run_reinplace_pass=True,
+    )
+    manager = EdgeProgramManager(
+        program, compile_config=EdgeCompileConfig(_check_ir_validity=False)
+    )
+    with warnings.catch_warnings():
+        # A mutated buffer whose initial value matters was refused by preprocess.
+        warnings.filterwarnings("ignore", message="Mutation on a buffer")
+        emitted = manager.to_executorch(config)._emitter_output
+    (plan,) = emitted.program.execution_plan
+    constants = _extract_constants(emitted, plan, roles)
+    ops = _rename_ops(plan)
+    serialized, external = serialize_for_executorch(
+        emitted, config, FlatTensorSerializer(FlatTensorConfig()), None
+    )
+    assert not external, "every constant was taken out of the program"
+    return NestedProgram(bytes(serialized), ops, constants)
+
+
+def operator_name(name: str, overload: str) -> str:
+    """``"aten::mul", "out"`` as ``"aten::mul.out"``."""
+    return f"{name}.{overload}" if overload else name
+
+
+@dataclass(frozen=True)
+class _Role:
+    """What a placeholder is: its node, and for a constant its name, tag and part."""
+
+    node: str
+    name: str = ""
+    tag: str = DENSE_TAG
+    part: str = "constant"
+    constant: bool = False
+
+
+def _roles(program: ExportedProgram) -> list[_Role]:
+    """One entry per placeholder, in order: the emitter's first values are theirs."""
+    parts: dict[str, tuple[str, str]] = {}
+    for node in calls(program, torch.ops.cuda_int4.linear.default):
+        *_, tag, _ = args = args_of(node)
+        for part, operand in zip(_LINEAR_PARTS, args[1:6], strict=True):
+            if operand is not None:
+                parts.setdefault(operand.name, (tag, part))
+    roles = []
+    for node in program.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        if not is_constant(program, node):
+            roles.append(_Role(node.name))
+            continue
+        spec = input_spec(program, node)
+        assert spec is not None
+        tag, part = parts.get(node.name, (DENSE_TAG, "constant"))
+        name = spec.target or constant_name(program, node)
+        roles.append(_Role(node.name, name, tag, part, constant=True))
+    return roles
+
+
+def _extract_constants(
+    emitted: EmitterOutput, plan: ExecutionPlan, roles: list[_Role]
+) -> tuple[Constant, ...]:
+    buffers = emitted.program.constant_buffer
+    constants = []
+    for index, value in enumerate(plan.values):
+        tensor = value.val
+        if not isinstance(tensor, Tensor) or tensor.data_buffer_idx == 0:
+            continue
+        role = roles[index] if index < len(roles) else None
+        assert role is not None and role.constant and tensor.allocation_info is None, (
+            f"value {index} of the nested program has data, and is no constant of the graph"
+        )
+        data = bytes(buffers[tensor.data_buffer_idx].storage)
+        sizes = tuple(tensor.sizes)
+        dtype = int(tensor.scalar_type)
+        key = f"cuda_int4/{role.tag}/{role.part}/{_content_hash(dtype, sizes, data)}"
+        constants.append(Constant(role.node, role.name, key, dtype, sizes, data))
+        tensor.data_buffer_idx = 0
+        tensor.extra_tensor_info = ExtraTensorInfo(
+            fully_qualified_name=key, location=TensorDataLocation.EXTERNAL
+        )
+    emitted.program.constant_buffer = [Buffer(storage=b"")]  # entry 0 means "no data"
+    return tuple(constants)
+
+
+def _content_hash(dtype: int, sizes: tuple[int, ...], data: bytes) -> str:
+    digest = hashlib.sha256(f"{dtype}:{','.join(map(str, sizes))}:".encode())
+    digest.update(data)
+    return digest.hexdigest()[:32]
+
+
+def _rename_ops(plan: ExecutionPlan) -> tuple[str, ...]:
+    for operator in plan.operators:
+        namespace, _, name = operator.name.partition("::")
+        if namespace in RENAMED_NAMESPACES and not operator.name.startswith(
+            _KEPT_PREFIX
+        ):
+            operator.name = f"cuda_int4::{name}"
+    return tuple(
+        operator_name(operator.name, operator.overload) for operator in plan.operators
+    )

@@ -1,0 +1,274 @@
+"""What an int4 linear looks like in a graph, before any pass has touched it.
+
+:func:`match_int4_linear` is asked twice about the same node: by the partitioner, which sees shapes
+only and refuses what cannot be honoured, and by ResolveInt4LinearPass, which rewrites.
+
+    form        graph
+    packed      cuda_int4.linear(x, qdata, scale, zero_point, meta, bias, ...)
+    dequantize  torchao.dequantize_int4_tensor(qdata, scale, zero_point, group_size) -> linear
+    gguf        torchao.dequantize_gguf(raw, "q4_k") -> linear
+    native      mslk.bf16i4bf16_rowwise(x, qdata, scale, zero)
+
+where ``-> linear`` is ``aten.linear(x, w, bias)``, or what is left of it after decomposition:
+``mm(x, w.t())`` or ``addmm(bias, x, w.t())`` on a flattened x, between two views.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+import torch
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+from ..layouts import ACTIVATIONS, check_shape, check_tag
+from .graph import args_of, constant_name, is_constant, op_of
+
+aten = torch.ops.aten
+X_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_TRANSPOSES = (
+    aten.permute_copy.default,
+    aten.permute.default,
+    aten.t_copy.default,
+    aten.t.default,
+    aten.transpose_copy.int,
+    aten.transpose.int,
+)
+_VIEWS = (aten.view_copy.default, aten.view.default, aten._unsafe_view.default)
+_GGUF_BLOCK = 256, 144  # weights and bytes of a Q4_K block
+_GGUF_GROUP_SIZE = 32
+
+
+@dataclass(frozen=True)
+class Int4Match:
+    """One int4 linear: the node whose value it computes, and where its operands are.
+
+    Attributes:
+        node: the call whose value the linear replaces.
+        x: the activation, [..., K].
+        form: ``"packed"``, ``"dequantize"``, ``"gguf"`` or ``"native"``.
+        parts: the nodes of the weight's tensors, as the form orders them.
+        bias: added to the result, [N]; or None.
+        name: fully qualified name of the weight.
+        N, K, group_size: sizes of the weight.
+    """
+
+    node: Node
+    x: Node
+    form: str
+    parts: tuple[Node | None, ...]
+    bias: Node | None
+    name: str
+    N: int
+    K: int
+    group_size: int
+
+
+def is_dequantize(node: object) -> bool:
+    """Whether a node turns int4 parts into a dense weight."""
+    name = _op_name(node)
+    return (
+        name == "torchao::dequantize_int4_tensor" or name == "torchao::dequantize_gguf"
+    )
+
+
+def is_int4_op(node: object) -> bool:
+    """Whether a node computes on int4 parts without a dense weight: ours, or one of mslk's."""
+    name = _op_name(node)
+    return name == "cuda_int4::linear" or (name.startswith("mslk::") and "i4" in name)
+
+
+def match_int4_linear(program: ExportedProgram, node: Node) -> Int4Match | None:
+    """The int4 linear whose value ``node`` computes, if it is one.
+
+    Sizes are read off shapes and not judged: see :func:`refusal`.
+    """
+    name = _op_name(node)
+    if name == "cuda_int4::linear":
+        x, qdata, scale, zero_point, meta, bias, group_size, _, _ = args_of(node)
+        N, K = _shape(node)[-1], _shape(x)[-1]
+        parts = (qdata, scale, zero_point, meta)
+        return Int4Match(
+            node,
+            x,
+            "packed",
+            parts,
+            bias,
+            constant_name(program, qdata),
+            N,
+            K,
+            group_size,
+        )
+    if name == "mslk::bf16i4bf16_rowwise":
+        x, qdata, scale, zero = node.args[:4]
+        K, n_groups = _shape(x)[-1], _shape(scale)[0]
+        return Int4Match(
+            node,
+            x,
+            "native",
+            (qdata, scale, zero),
+            None,
+            constant_name(program, qdata),
+            _shape(qdata)[0],
+            K,
+            K // max(n_groups, 1),
+        )
+    operands = _dense_linear(node)
+    if operands is None:
+        return None
+    x, weight, bias, replaced = operands
+    if _op_name(weight) == "torchao::dequantize_int4_tensor":
+        qdata, scale, zero_point, group_size, _ = args_of(weight)
+        *_, N, half_k = _shape(qdata)
+        return Int4Match(
+            replaced,
+            x,
+            "dequantize",
+            (qdata, scale, zero_point),
+            bias,
+            constant_name(program, qdata),
+            N,
+            2 * half_k,
+            group_size,
+        )
+    if _op_name(weight) == "torchao::dequantize_gguf" and args_of(weight)[1] == "q4_k":
+        raw = weight.args[0]
+        N, row_bytes = _shape(raw)
+        weights, nbytes = _GGUF_BLOCK
+        K = row_bytes // nbytes * weights
+        name = constant_name(program, raw)
+        return Int4Match(
+            replaced, x, "gguf", (raw,), bias, name, N, K, _GGUF_GROUP_SIZE
+        )
+    return None
+
+
+def refusal(program: ExportedProgram, match: Int4Match) -> str | None:
+    """Why this int4 linear cannot be honoured, in words for the user; None: it can.
+
+    Looks at shapes and dtypes only: works on fake tensors too.
+    """
+    qdata = match.parts[0]
+    who = match.name
+    for part in match.parts:
+        if part is not None and not is_constant(program, part):
+            return (
+                f"{who}: expected int4 weights that are parameters or buffers nothing writes, got "
+                f"{part.name}, computed in the graph; quantise with cuda_int4.quantize_ before export"
+            )
+    if match.bias is not None and _shape(match.bias) != [match.N]:
+        return f"{who}: expected a bias of shape [{match.N}], got {_shape(match.bias)}"
+    if match.form != "gguf" and len(_shape(qdata)) != 2:
+        return (
+            f"{who}: expected a 2-D weight [N, K], got qdata of shape {_shape(qdata)}; "
+            "split a batched weight into one linear per matrix"
+        )
+    dtype = match.x.meta["val"].dtype
+    if dtype not in X_DTYPES:
+        return (
+            f"{who}: expected activations of float16, bfloat16 or float32, got {dtype}; "
+            "convert the model with .to(torch.bfloat16)"
+        )
+    try:
+        check_shape(match.N, match.K, match.group_size, who=who)
+        if match.form == "packed":
+            _, _, _, _, _, _, _, tag, activation = args_of(match.node)
+            check_tag(tag, who=who, interchange=True)
+            if activation not in ACTIVATIONS:
+                return (
+                    f"{who}: expected activation in {ACTIVATIONS}, got {activation!r}"
+                )
+    except ValueError as error:
+        return str(error)
+    if match.form == "dequantize":
+        assert qdata is not None
+        if qdata.meta["val"].dtype != torch.uint8:
+            return (
+                f"{who}: expected qdata of uint8, got {qdata.meta['val'].dtype}: it was made from a "
+                "native Int4Tensor, whose nibbles are signed, and means other values here; give "
+                "prepare_ the Int4Tensor itself"
+            )
+        n_groups = match.K // match.group_size
+        for what, part in zip(("scale", "zero_point"), match.parts[1:], strict=True):
+            if _shape(part) != [n_groups, match.N]:
+                return (
+                    f"{who}: expected {what} of shape [n_groups, N] = [{n_groups}, {match.N}], got "
+                    f"{_shape(part)}; quantise the weight again"
+                )
+    return None
+
+
+def refusal_of_op(node: Node) -> str | None:
+    """Why an op on int4 parts that is no known linear cannot be honoured."""
+    if _op_name(node) in ("cuda_int4::linear", "mslk::bf16i4bf16_rowwise"):
+        return None
+    return (
+        f"{node.name}: expected an int4 linear with 16-bit activations, got {_op_name(node)}; "
+        "give the weights to cuda_int4.prepare_ before export"
+    )
+
+
+def _dense_linear(node: Node) -> tuple[Node, Node, Node | None, Node] | None:
+    """(x, weight [N, K], bias, the node whose value is theirs) if ``node`` is a linear."""
+    op = op_of(node)
+    if op is aten.linear.default:
+        x, weight, bias = args_of(node)
+        return x, weight, bias, node
+    if op is aten.mm.default:
+        x, transposed = args_of(node)
+        bias = None
+    elif op is aten.addmm.default:
+        bias, x, transposed, beta, alpha = args_of(node)
+        if beta != 1 or alpha != 1 or len(_shape(bias)) != 1:
+            return None
+    else:
+        return None
+    weight = _transposed(transposed)
+    if weight is None:
+        return None
+    return _without_views(node, x, weight, bias)
+
+
+def _without_views(
+    node: Node, x: Node, weight: Node, bias: Node | None
+) -> tuple[Node, Node, Node | None, Node]:
+    """See through ``view(x, [M, K]) -> mm -> view(y, [..., N])``, if that is what stands there."""
+    users = list(node.users)
+    if op_of(x) in _VIEWS and len(users) == 1 and op_of(users[0]) in _VIEWS:
+        inner = x.args[0]
+        before, after = _shape(inner), _shape(users[0])
+        if before[-1:] == _shape(x)[-1:] and _same(before[:-1], after[:-1]):
+            return inner, weight, bias, users[0]
+    return x, weight, bias, node
+
+
+def _same(a: list, b: list) -> bool:
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return len(a) == len(b) and all(
+        statically_known_true(operator.eq(i, j)) for i, j in zip(a, b, strict=True)
+    )
+
+
+def _transposed(node: object) -> Node | None:
+    """The 2-D tensor that ``node`` is the transpose of."""
+    op = op_of(node)
+    if op not in _TRANSPOSES:
+        return None
+    assert isinstance(node, Node)
+    args = args_of(node)
+    if len(args) == 2 and [d % 2 for d in args[1]] != [1, 0]:
+        return None
+    if len(args) == 3 and {d % 2 for d in args[1:]} != {0, 1}:
+        return None
+    return args[0] if len(_shape(args[0])) == 2 else None
+
+
+def _op_name(node: object) -> str:
+    op = op_of(node)
+    return op._schema.name if isinstance(op, torch._ops.OpOverload) else ""
+
+
+def _shape(node: object) -> list:
+    return list(node.meta["val"].shape) if isinstance(node, Node) else []

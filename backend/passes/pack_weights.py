@@ -1,0 +1,105 @@
+"""Put the constants of each int4 linear into the order that its layout tag names."""
+
+from __future__ import annotations
+
+import torch
+from executorch.exir.pass_base import ExportedProgramPassBase, ExportedProgramPassResult
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+from ..int4 import CanonicalInt4, from_executorch
+from ..layouts import COALESCED, PLAIN
+from ..tensors import CudaCoalescedInt4Tensor
+from .assign_layout import STORED_TAG
+from .graph import (
+    add_constant,
+    args_of,
+    calls,
+    constant_name,
+    constant_tensor,
+    remove_unused_constants,
+)
+
+_PARTS = ("qdata", "scale", "zero_point", "meta")
+
+
+class PackWeightsPass(ExportedProgramPassBase):
+    """Pack the constants through the tensor subclass of the layout; the call itself stays.
+
+    Before: cuda_int4.linear(x, qdata [N, K/2], scale [n_groups, N], zero_point [n_groups, N], ...)
+    After:  cuda_int4.linear(x, qdata [N, K/2], scale [N, n_groups], zero_point [N, n_groups], ...)
+
+    with new constants ``<weight>.qdata``, ``<weight>.scale``, ``<weight>.zero_point``; a zero point
+    that is 8 everywhere is dropped. Linears that share a weight share the new constants. The old
+    ones are removed as soon as nothing reads them, so that one weight at a time exists twice.
+    A linear whose bytes have the order of its tag already is left alone.
+    """
+
+    def call(self, exported_program: ExportedProgram) -> ExportedProgramPassResult:
+        """Run the pass."""
+        packed: dict[tuple, tuple[Node | None, ...]] = {}
+        uses = _uses_by_weight(exported_program)
+        for key, linears in uses.items():
+            old = {
+                part
+                for node in linears
+                for part in args_of(node)[1:5]
+                if part is not None
+            }
+            packed[key] = _pack(exported_program, linears[0])
+            for node in linears:
+                x, *_, bias, group_size, tag, activation = args_of(node)
+                node.args = (x, *packed[key], bias, group_size, tag, activation)
+                node.meta.pop(STORED_TAG, None)
+            remove_unused_constants(exported_program, old)
+        if uses:
+            exported_program.graph_module.recompile()
+        return ExportedProgramPassResult(exported_program, bool(uses))
+
+    def ensures(self, exported_program: ExportedProgram) -> None:
+        """No linear is left in the interchange order."""
+        for node in calls(exported_program, torch.ops.cuda_int4.linear.default):
+            assert STORED_TAG not in node.meta, f"{node} still holds unpacked bytes"
+
+
+def _uses_by_weight(program: ExportedProgram) -> dict[tuple, list[Node]]:
+    """The linears still to pack, by the memory of their weights: one parameter may have two names."""
+    uses: dict[tuple, list[Node]] = {}
+    for node in calls(program, torch.ops.cuda_int4.linear.default):
+        _, *parts, _, group_size, tag, _ = args_of(node)
+        stored = node.meta.get(STORED_TAG, tag)
+        if stored == tag:
+            node.meta.pop(STORED_TAG, None)  # only the activation was changed
+            continue
+        tensors = [
+            None if part is None else constant_tensor(program, part) for part in parts
+        ]
+        memory = tuple(
+            None if t is None else (t.data_ptr(), t.shape, t.dtype) for t in tensors
+        )
+        uses.setdefault((memory, group_size, stored, tag), []).append(node)
+    return uses
+
+
+def _pack(program: ExportedProgram, node: Node) -> tuple[Node | None, ...]:
+    _, qdata, scale, zero_point, _, _, group_size, tag, _ = args_of(node)
+    if node.meta[STORED_TAG] != PLAIN or tag != COALESCED:
+        raise NotImplementedError(
+            f"{node.meta.get('weight_name', qdata.name)}: expected bytes in {PLAIN} to pack into "
+            f"{COALESCED}, got {node.meta[STORED_TAG]} and {tag}; give the layout its packer here"
+        )
+    name = node.meta.get("weight_name") or constant_name(program, qdata)
+    codes, scales = (constant_tensor(program, part).detach() for part in (qdata, scale))
+    if zero_point is None:
+        canonical = CanonicalInt4(codes, scales.t().contiguous(), None, group_size)
+    else:
+        zeros = constant_tensor(program, zero_point).detach()
+        canonical = from_executorch(codes, scales, zeros, group_size, who=name)
+    weight = CudaCoalescedInt4Tensor.from_int4(canonical, who=name)
+    data = [getattr(weight, part, None) for part in _PARTS]
+    return tuple(
+        None
+        if part is None
+        else add_constant(program, f"{name}.{label}", part.detach())
+        for label, part in zip(_PARTS, data, strict=True)
+    )
