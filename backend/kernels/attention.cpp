@@ -5,7 +5,7 @@
 #include "cpu/isa.h"
 #include "cpu/numeric.h"
 #include "ops.h"
-#include "parallel.h"
+#include "parallel_ranges.h"
 
 namespace cuda_int4 {
 
@@ -13,12 +13,11 @@ namespace {
 
 constexpr char kOp[] = "cuda_int4::attention";
 
-// [B, H, L, D], last dimension contiguous, within its bytes. Strides must not be negative; the
-// view's nbytes is that of its elements and says nothing about the gaps between them.
+// [B, H, L, D] with the last dimension contiguous.
 Status check_heads(const char* part, const TensorView& view) {
   const TensorCheck check{kOp, part, "pass a tensor [B, H, L, D] whose last dimension is dense"};
   int64_t numel = 0;
-  CUDA_INT4_RETURN_IF_ERROR(check_sizes(check, view, &numel));
+  CUDA_INT4_RETURN_IF_ERROR(check_strided(check, view, &numel));
   CUDA_INT4_RETURN_IF_ERROR(check_float_kind(check, view));
   if (view.ndim != 4) {
     return error(StatusCode::kInvalidArgument, "%s: expected %s [B, H, L, D], got %s; %s", kOp,
@@ -29,14 +28,6 @@ Status check_heads(const char* part, const TensorView& view) {
                  "%s: expected stride 1 in the last dimension of %s, got %" PRId64 "; %s", kOp,
                  part, view.strides[3], check.cure);
   }
-  for (int d = 0; d < 3; ++d) {
-    if (view.strides[d] < 0 || view.strides[d] > kMaxElems) {
-      return error(StatusCode::kInvalidArgument,
-                   "%s: expected strides of %s in 0..%" PRId64 ", got %" PRId64
-                   " in dimension %d; %s",
-                   kOp, part, kMaxElems, view.strides[d], d, check.cure);
-    }
-  }
   CUDA_INT4_RETURN_IF_ERROR(check_data(check, view));
   return check_alignment(check, view, dtype_bytes(view.dtype));
 }
@@ -46,7 +37,7 @@ Status check_mask(const AttentionArgs& args) {
   const TensorCheck check{kOp, "mask",
                           "pass a bool or additive mask that broadcasts to [B, Hq, S, T]"};
   int64_t numel = 0;
-  CUDA_INT4_RETURN_IF_ERROR(check_sizes(check, args.mask, &numel));
+  CUDA_INT4_RETURN_IF_ERROR(check_strided(check, args.mask, &numel));
   if (args.mask.dtype != DType::kBool && args.mask.dtype != args.q.dtype) {
     return error(StatusCode::kInvalidArgument, "%s: expected mask of dtype bool or %s, got %s; %s",
                  kOp, dtype_name(args.q.dtype), dtype_name(args.mask.dtype), check.cure);
@@ -55,8 +46,7 @@ Status check_mask(const AttentionArgs& args) {
   bool fits = args.mask.ndim <= 4;
   for (int d = 0; fits && d < args.mask.ndim; ++d) {
     const int64_t size = args.mask.sizes[d], want = full[4 - args.mask.ndim + d];
-    fits = (size == want || size == 1) && args.mask.strides[d] >= 0 &&
-           args.mask.strides[d] <= kMaxElems;
+    fits = size == want || size == 1;
   }
   if (!fits) {
     return error(StatusCode::kInvalidArgument,
@@ -150,8 +140,8 @@ Status attention_on(const CpuKernels& kernels, const AttentionArgs& args,
   }
   const int64_t row_blocks = ceil_div(job.Hq / job.Hkv * job.S, kAttentionRows);
   const int64_t work_per_item = kAttentionRows * job.D * larger(job.T, 1);
-  parallel_for(context, job.B * job.Hkv * row_blocks, ceil_div(int64_t{1} << 16, work_per_item),
-               [&](int64_t begin, int64_t end) { kernels.attention(job, begin, end); });
+  parallel_ranges(context, job.B * job.Hkv * row_blocks, ceil_div(int64_t{1} << 16, work_per_item),
+                  [&](int64_t begin, int64_t end) { kernels.attention(job, begin, end); });
   return {};
 }
 

@@ -99,8 +99,7 @@ Status check_sizes(const TensorCheck& check, const TensorView& view, int64_t* nu
                  "%.200s: expected %s with at most %d dimensions, got %d; %s", check.who,
                  check.part, kMaxDims, view.ndim, check.cure);
   }
-  const int64_t elem_bytes = dtype_bytes(view.dtype);
-  if (elem_bytes == 0) {
+  if (dtype_bytes(view.dtype) == 0) {
     return error(StatusCode::kInvalidArgument,
                  "%.200s: expected %s of a known dtype, got ScalarType number %d; %s", check.who,
                  check.part, static_cast<int>(view.dtype), check.cure);
@@ -117,23 +116,41 @@ Status check_sizes(const TensorCheck& check, const TensorView& view, int64_t* nu
     }
     count *= size;
   }
-  const uint64_t needed_bytes = static_cast<uint64_t>(count * elem_bytes);
-  if (view.nbytes != needed_bytes) {
+  *numel = count;
+  return {};
+}
+
+Status check_strided(const TensorCheck& check, const TensorView& view, int64_t* numel) {
+  CUDA_INT4_RETURN_IF_ERROR(check_sizes(check, view, numel));
+  if (*numel == 0) return {};
+  int64_t last = 0;  // index of the last element
+  for (int d = 0; d < view.ndim; ++d) {
+    const int64_t steps = view.sizes[d] - 1, stride = view.strides[d];
+    if (steps == 0) continue;
+    if (stride < 0 || stride > (kMaxElems - last) / steps) {
+      return error(StatusCode::kInvalidArgument,
+                   "%.200s: expected strides of %s that are not negative and stay within %" PRId64
+                   " elements, got stride %" PRId64 " in dimension %d; %s",
+                   check.who, check.part, kMaxElems, stride, d, check.cure);
+    }
+    last += steps * stride;
+  }
+  const uint64_t needed_bytes = static_cast<uint64_t>((last + 1) * dtype_bytes(view.dtype));
+  if (view.nbytes < needed_bytes) {
     return error(StatusCode::kInvalidArgument,
-                 "%.200s: expected %s %s %s to have %" PRIu64 " bytes, got %" PRIu64 "; %s",
+                 "%.200s: expected %s %s %s with its strides to have at least %" PRIu64
+                 " bytes, got %" PRIu64 "; %s",
                  check.who, check.part, dtype_name(view.dtype), ShapeText(view).text, needed_bytes,
                  view.nbytes, check.cure);
   }
-  *numel = count;
   return {};
 }
 
 Status check_contiguous(const TensorCheck& check, const TensorView& view, int64_t* numel) {
   CUDA_INT4_RETURN_IF_ERROR(check_sizes(check, view, numel));
-  if (*numel == 0) return {};
   int64_t expected_stride = 1;
   for (int d = view.ndim - 1; d >= 0; --d) {
-    if (view.sizes[d] != 1 && view.strides[d] != expected_stride) {
+    if (*numel > 0 && view.sizes[d] != 1 && view.strides[d] != expected_stride) {
       return error(StatusCode::kInvalidArgument,
                    "%.200s: expected %s %s contiguous (stride %" PRId64
                    " in dimension %d), got stride %" PRId64 "; %s",
@@ -141,6 +158,13 @@ Status check_contiguous(const TensorCheck& check, const TensorView& view, int64_
                    check.cure);
     }
     expected_stride *= view.sizes[d];
+  }
+  const uint64_t needed_bytes = static_cast<uint64_t>(*numel * dtype_bytes(view.dtype));
+  if (view.nbytes != needed_bytes) {
+    return error(StatusCode::kInvalidArgument,
+                 "%.200s: expected %s %s %s to have %" PRIu64 " bytes, got %" PRIu64 "; %s",
+                 check.who, check.part, dtype_name(view.dtype), ShapeText(view).text, needed_bytes,
+                 view.nbytes, check.cure);
   }
   return {};
 }

@@ -30,9 +30,12 @@ struct TensorCheck {
   const char* cure;
 };
 
-// Sizes in range, nbytes what the sizes and dtype need. *numel is set on success.
+// Present, of a known dtype, each size and their product in range. *numel is set on success.
 Status check_sizes(const TensorCheck& check, const TensorView& view, int64_t* numel);
-// check_sizes, and row-major without gaps (strides of dimensions of size 1 do not matter).
+// check_sizes, strides not negative, and nbytes reaching to the last element.
+Status check_strided(const TensorCheck& check, const TensorView& view, int64_t* numel);
+// check_sizes, row-major without gaps (strides of dimensions of size 1 do not matter), and nbytes
+// exactly that of the elements.
 Status check_contiguous(const TensorCheck& check, const TensorView& view, int64_t* numel);
 Status check_float_kind(const TensorCheck& check, const TensorView& view);
 Status check_shape(const TensorCheck& check, const TensorView& view, int ndim,

@@ -3,7 +3,7 @@
 #include "cpu/isa.h"
 #include "cpu/numeric.h"
 #include "ops.h"
-#include "parallel.h"
+#include "parallel_ranges.h"
 
 namespace cuda_int4 {
 
@@ -64,8 +64,8 @@ Status rms_norm_on(const CpuKernels& kernels, const RmsNormArgs& args,
   job.eps = static_cast<float>(args.eps);
   const int64_t elem_bytes = dtype_bytes(job.dtype);
   const int64_t rows = static_cast<int64_t>(args.x.nbytes) / elem_bytes / job.D;
-  parallel_for(context, rows, ceil_div(int64_t{1} << 16, job.D),
-               [&](int64_t begin, int64_t end) { kernels.rms_norm(job, begin, end); });
+  parallel_ranges(context, rows, ceil_div(int64_t{1} << 16, job.D),
+                  [&](int64_t begin, int64_t end) { kernels.rms_norm(job, begin, end); });
   return {};
 }
 

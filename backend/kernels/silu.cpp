@@ -2,7 +2,7 @@
 #include "checks.h"
 #include "cpu/isa.h"
 #include "ops.h"
-#include "parallel.h"
+#include "parallel_ranges.h"
 
 namespace cuda_int4 {
 
@@ -35,8 +35,8 @@ namespace cpu {
 Status silu_on(const CpuKernels& kernels, const SiluArgs& args, const ExecutionContext& context) {
   const SiluJob job = {args.x.data, args.y.data, args.x.dtype};
   const int64_t numel = static_cast<int64_t>(args.x.nbytes) / dtype_bytes(args.x.dtype);
-  parallel_for(context, numel, int64_t{1} << 15,
-               [&](int64_t begin, int64_t end) { kernels.silu(job, begin, end); });
+  parallel_ranges(context, numel, int64_t{1} << 15,
+                  [&](int64_t begin, int64_t end) { kernels.silu(job, begin, end); });
   return {};
 }
 

@@ -2,7 +2,7 @@
 #include "../checks.h"
 #include "../coalesced.h"
 #include "../layouts.h"
-#include "../parallel.h"
+#include "../parallel_ranges.h"
 #include "isa.h"
 #include "numeric.h"
 
@@ -53,10 +53,10 @@ Status linear_on(const CpuKernels& kernels, const LinearArgs& args,
     job.M = smaller(kernel->max_rows, M - m0);
     job.x = static_cast<const char*>(args.x.data) + m0 * job.K * elem_bytes;
     job.y = static_cast<char*>(args.y.data) + m0 * job.N * elem_bytes;
-    parallel_for(context, job.M, ceil_div(kGrainWeights / 4, job.K),
-                 [&](int64_t begin, int64_t end) { kernel->stage(job, begin, end); });
-    parallel_for(context, n_units, ceil_div(kGrainWeights, job.M * job.K * kernel->n_unit),
-                 [&](int64_t begin, int64_t end) { kernel->run(job, begin, end); });
+    parallel_ranges(context, job.M, ceil_div(kGrainWeights / 4, job.K),
+                    [&](int64_t begin, int64_t end) { kernel->stage(job, begin, end); });
+    parallel_ranges(context, n_units, ceil_div(kGrainWeights, job.M * job.K * kernel->n_unit),
+                    [&](int64_t begin, int64_t end) { kernel->run(job, begin, end); });
   }
   return {};
 }

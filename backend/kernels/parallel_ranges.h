@@ -1,4 +1,4 @@
-// parallel_for with a C++ callable, over ExecutionContext's function pointer.
+// A C++ callable on the thread pool, through ExecutionContext's function pointer.
 #pragma once
 
 #include "tensor_view.h"
@@ -8,7 +8,7 @@ namespace cuda_int4 {
 // f(begin, end) over ranges that cover [0, n), on the caller's thread where there is no pool or
 // no more than `grain` to do.
 template <class Function>
-void parallel_for(const ExecutionContext& context, int64_t n, int64_t grain, const Function& f) {
+void parallel_ranges(const ExecutionContext& context, int64_t n, int64_t grain, const Function& f) {
   if (n <= 0) return;
   if (context.parallel_for == nullptr || n <= grain) {
     f(int64_t{0}, n);
