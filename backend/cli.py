@@ -47,7 +47,7 @@ examples:
 """,
     ),
     "run": Subcommand(
-        "generation",
+        "commands.run",
         "generate text from a .pte with the C++ decode loop",
         epilog="""\
 examples:

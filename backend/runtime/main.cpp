@@ -2,6 +2,7 @@
 //
 // Options -> Model -> Decoder -> tokens on stdout as they are chosen, times on stderr. Exit codes:
 // 0 done, 1 the work failed (the reason is on stderr), 2 the command line was wrong, 130 Ctrl-C.
+#include <executorch/runtime/platform/platform.h>
 #include <getopt.h>
 
 #include <algorithm>
@@ -69,6 +70,7 @@ model and machine
 output
   --print-tokens       print token ids even for a text prompt
   --json               nothing but one JSON object on stdout: tokens, text, stop_reason, times
+  --verbose            ExecuTorch's log too, on stderr
   -h, --help           this
   --version            the version of the library
 
@@ -91,6 +93,7 @@ struct Options {
   bool print_tokens = false;
   bool json = false;
   bool verify = true;
+  bool verbose = false;
   int64_t threads = 0;
   cuda_int4::GenerateConfig config;
 };
@@ -179,6 +182,7 @@ enum Option : int {
   kThreads,
   kPrintTokens,
   kJson,
+  kVerbose,
   kVersion,
 };
 
@@ -199,6 +203,7 @@ const struct option kLongOptions[] = {
     {"threads", required_argument, nullptr, kThreads},
     {"print-tokens", no_argument, nullptr, kPrintTokens},
     {"json", no_argument, nullptr, kJson},
+    {"verbose", no_argument, nullptr, kVerbose},
     {"help", no_argument, nullptr, 'h'},
     {"version", no_argument, nullptr, kVersion},
     {nullptr, 0, nullptr, 0},
@@ -252,6 +257,9 @@ void apply_option(int option, const char* value, Options* options) {
     case kJson:
       options->json = true;
       return;
+    case kVerbose:
+      options->verbose = true;
+      return;
     case kVersion:
       std::printf("cuda-int4-decode %s\n", cuda_int4_version());
       std::exit(0);
@@ -298,9 +306,21 @@ double seconds_since(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-int fail(const char* what) {
-  std::fprintf(stderr, "cuda-int4-decode: %s: %s\n", what, cuda_int4_last_error());
+int fail() {
+  std::fprintf(stderr, "cuda-int4-decode: %s\n", cuda_int4_last_error());
   return kFailed;
+}
+
+// ExecuTorch writes its log to stderr, this program's own messages among it: without --verbose only
+// what comes before an abort is let through.
+void keep_log_quiet() {
+  using executorch::runtime::PalImpl;
+  const auto emit = [](et_timestamp_t, et_pal_log_level_t level, const char* file, const char*,
+                       size_t line, const char* message, size_t length) {
+    if (level != kFatal) return;
+    std::fprintf(stderr, "%s:%zu: %.*s\n", file, line, static_cast<int>(length), message);
+  };
+  executorch::runtime::register_pal(PalImpl::create(emit, __FILE__));
 }
 
 void print_token(const Options& options, bool as_text, int64_t token, bool first) {
@@ -315,15 +335,15 @@ void print_token(const Options& options, bool as_text, int64_t token, bool first
 
 int run(const Options& options) {
   if (options.threads > 0 && cuda_int4_set_num_threads(uint32_t(options.threads)) != 0)
-    return fail("--threads");
+    return fail();
   const auto start = std::chrono::steady_clock::now();
   std::unique_ptr<Model> model;
   const char* path = options.model_path.c_str();
   const char* data_path = options.data_path.empty() ? nullptr : options.data_path.c_str();
   if (Model::open(path, data_path, options.device.c_str(), options.verify, &model) != Error::Ok)
-    return fail(path);
+    return fail();
   std::unique_ptr<Decoder> decoder;
-  if (Decoder::create(*model, &decoder) != Error::Ok) return fail(path);
+  if (Decoder::create(*model, &decoder) != Error::Ok) return fail();
   const double load_s = seconds_since(start);
 
   const int64_t vocab_size = decoder->info().vocab_size;
@@ -349,7 +369,7 @@ int run(const Options& options) {
   const auto error = decoder->generate(options.prompt.data(), int64_t(options.prompt.size()),
                                        options.config, callbacks, &stats);
   if (!options.json && !chosen.empty()) std::fputc('\n', stdout);
-  if (error != Error::Ok) return fail(path);
+  if (error != Error::Ok) return fail();
 
   if (options.json) {
     const std::string json = cuda_int4::report_json(stats, load_s, chosen, options.is_text);
@@ -369,6 +389,7 @@ int run(const Options& options) {
 
 int main(int argc, char** argv) {
   const Options options = parse_options(argc, argv);
+  if (!options.verbose) keep_log_quiet();
   handle_interrupts();
   return run(options);
 }

@@ -4,8 +4,9 @@
 #include <cinttypes>
 #include <cmath>
 #include <cstdio>
-#include <cstring>
 #include <limits>
+
+#include "../kernels/cpu/numeric.h"
 
 namespace cuda_int4 {
 namespace {
@@ -23,20 +24,10 @@ Status invalid(const char* format, Args... args) {
   return status;
 }
 
-float float_from_bits(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
-float float_from_half(uint16_t half) {
-  const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16;
-  const uint32_t exponent = (half >> 10) & 0x1F;
-  const uint32_t mantissa = half & 0x3FF;
-  if (exponent == 0x1F) return float_from_bits(sign | 0x7F800000 | (mantissa << 13));
-  if (exponent != 0) return float_from_bits(sign | ((exponent + 112) << 23) | (mantissa << 13));
-  const float subnormal = static_cast<float>(mantissa) * 0x1p-24f;
-  return sign ? -subnormal : subnormal;
+template <typename T>
+void convert_to_float(const void* data, std::vector<float>* out) {
+  const T* values = static_cast<const T*>(data);
+  for (size_t i = 0; i < out->size(); ++i) (*out)[i] = cpu::to_float(values[i]);
 }
 
 Status copy_as_float(const TensorView& logits, std::vector<float>* out) {
@@ -44,13 +35,16 @@ Status copy_as_float(const TensorView& logits, std::vector<float>* out) {
     return invalid("sample: expected logits, got no tensor");
   }
   int64_t n = 1;
-  for (int i = 0; i < logits.ndim; ++i) n *= logits.sizes[i];
-  if (n < 1 || n > kMaxVocab) {
-    return invalid("sample: expected 1 to %" PRId64 " logits, got %" PRId64, kMaxVocab, n);
+  for (int i = 0; i < logits.ndim; ++i) {
+    const int64_t size = logits.sizes[i];
+    if (size < 1 || size > kMaxVocab / n) {
+      return invalid("sample: expected 1 to %" PRId64 " logits, got %" PRId64 " times %" PRId64,
+                     kMaxVocab, n, size);
+    }
+    n *= size;
   }
   const bool is_float32 = logits.dtype == DType::kFloat32;
   const uint64_t expected_nbytes = static_cast<uint64_t>(n) * (is_float32 ? 4 : 2);
-  const auto* halves = static_cast<const uint16_t*>(logits.data);
   if (!is_float32 && logits.dtype != DType::kFloat16 && logits.dtype != DType::kBFloat16) {
     return invalid("sample: expected logits in float16, bfloat16 or float32, got dtype %d",
                    static_cast<int>(logits.dtype));
@@ -61,13 +55,11 @@ Status copy_as_float(const TensorView& logits, std::vector<float>* out) {
   }
   out->resize(static_cast<size_t>(n));
   if (is_float32) {
-    std::memcpy(out->data(), logits.data, expected_nbytes);
+    convert_to_float<float>(logits.data, out);
   } else if (logits.dtype == DType::kFloat16) {
-    std::transform(halves, halves + n, out->begin(), float_from_half);
+    convert_to_float<cpu::Half>(logits.data, out);
   } else {
-    std::transform(halves, halves + n, out->begin(), [](uint16_t bits) {
-      return float_from_bits(static_cast<uint32_t>(bits) << 16);
-    });
+    convert_to_float<cpu::BFloat>(logits.data, out);
   }
   return {};
 }

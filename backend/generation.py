@@ -1,0 +1,256 @@
+"""Text out of a loaded model: the C++ decode loop, driven from Python.
+
+    generate_tokens(model, [1, 15043], max_new_tokens=20)     ids in, ids out
+    generate_text(model, tokenizer, "Once", on_text=print)    text in, text out as it comes
+
+The loop itself is C++ (runtime/decoder.h); this file hands it the prompt and its callbacks.
+Tokenizers and the streaming of text are in text_stream.py.
+"""
+
+import ctypes
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from . import _native
+from .text_stream import TextStream, Tokenizer
+
+STOP_REASONS = ("max_new_tokens", "stop_token", "end_of_context", "interrupted")
+
+
+@dataclass(frozen=True)
+class DecodeInfo:
+    """What a language model says of itself, its constant methods' defaults filled in."""
+
+    max_context_len: int
+    max_seq_len: int
+    vocab_size: int
+    eos_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class GenerationStats:
+    """Times of one generation; seconds, bytes, tokens per second (0 where nothing was timed)."""
+
+    stop_reason: str
+    prompt_tokens: int
+    new_tokens: int
+    load_s: float
+    prefill_s: float
+    decode_s: float
+    time_to_first_token_s: float
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    peak_memory_bytes: int
+
+    @classmethod
+    def from_native(cls, native: _native.GenerateStats) -> "GenerationStats":
+        """Read the C struct; the first new token comes out of the prefill, hence the - 1."""
+        n_decoded = native.new_tokens - 1
+        return cls(
+            stop_reason=STOP_REASONS[native.stop_reason],
+            prompt_tokens=native.prompt_tokens,
+            new_tokens=native.new_tokens,
+            load_s=native.load_s,
+            prefill_s=native.prefill_s,
+            decode_s=native.decode_s,
+            time_to_first_token_s=native.time_to_first_token_s,
+            prefill_tokens_per_s=_rate(native.prompt_tokens, native.prefill_s),
+            decode_tokens_per_s=_rate(n_decoded, native.decode_s),
+            peak_memory_bytes=native.peak_memory_bytes,
+        )
+
+    def __str__(self) -> str:
+        """The lines that cuda-int4-decode prints."""
+        return (
+            f"load {self.load_s:.2f} s, peak memory {self.peak_memory_bytes / 2**20:.1f} MiB\n"
+            f"prompt {self.prompt_tokens} tokens, {self.prefill_tokens_per_s:.1f} tokens/s, "
+            f"first token after {self.time_to_first_token_s:.3f} s\n"
+            f"decoded {self.new_tokens} tokens, {self.decode_tokens_per_s:.1f} tokens/s, "
+            f"ended by {self.stop_reason}"
+        )
+
+
+def _rate(n_tokens: int, seconds: float) -> float:
+    return n_tokens / seconds if seconds > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What a generation gave.
+
+    Attributes:
+        tokens: the ids chosen, a stop token included.
+        stats: times, and why it ended.
+        text: what the tokens say, without a stop token; None from ``generate_tokens``.
+    """
+
+    tokens: list[int]
+    stats: GenerationStats
+    text: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as plain values: what ``cuda-int4 run --json`` prints."""
+        text = {} if self.text is None else {"text": self.text}
+        return {"tokens": self.tokens, **text, **asdict(self.stats)}
+
+
+class GenerationInterrupted(KeyboardInterrupt):
+    """Ctrl-C during a generation; ``generation`` is what there was of it by then."""
+
+    def __init__(self, generation: Generation) -> None:
+        """Keep what was generated before the interrupt."""
+        super().__init__("interrupted")
+        self.generation = generation
+
+
+def decode_info(model: Any) -> DecodeInfo:
+    """What the loaded ``model`` says of itself as a language model.
+
+    Raises:
+        CudaInt4Error: it is none that the decode loop can drive; the reason says what is missing.
+    """
+    native = _native.DecodeInfo()
+    _native.check(_native.library().model_decode_info(model.handle, _native.byref(native)))
+    return DecodeInfo(
+        max_context_len=native.max_context_len,
+        max_seq_len=native.max_seq_len,
+        vocab_size=native.vocab_size,
+        eos_ids=tuple(native.eos_ids[: native.n_eos_ids]),
+    )
+
+
+def generate_tokens(
+    model: Any,
+    prompt: Sequence[int],
+    *,
+    start_pos: int = 0,
+    max_new_tokens: int | None = None,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop_tokens: Sequence[int] = (),
+    prefill_chunk: int | None = None,
+    on_token: Callable[[int], Any] | None = None,
+    on_prefill: Callable[[int], Any] | None = None,
+) -> Generation:
+    """Read ``prompt``, then choose tokens until something ends it.
+
+    Args:
+        model: from ``cuda_int4.load``.
+        prompt: token ids, one at least.
+        start_pos: tokens of the conversation that are in the cache already; 0 is a new one. To go
+            on after a generation: ``start_pos + prompt_tokens + new_tokens - 1``, with the last
+            token chosen as the first of the next prompt (it has not been through the model).
+        max_new_tokens: None is until a stop token or the end of the context.
+        temperature: 0 takes the likeliest token, the lowest id of equals.
+        top_k: draw from the k likeliest only; 0 is off.
+        top_p: then from the fewest likeliest that hold this probability; 1 is off.
+        seed: the same seed gives the same tokens, on any machine.
+        stop_tokens: ids that end the generation, besides the model's ``get_eos_ids``.
+        prefill_chunk: prompt tokens per forward; None is as many as the model takes.
+        on_token: called with each token as it is chosen; what it raises ends the generation and is
+            raised from here.
+        on_prefill: the same after each chunk of the prompt, with the tokens read so far.
+
+    Raises:
+        CudaInt4Error: the prompt does not fit, a token is not in the vocabulary, an option is out
+            of range, the model failed or gave NaN; the reason is in the text.
+        GenerationInterrupted: Ctrl-C; it carries the tokens up to then.
+    """
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise ValueError(f"generate: expected max_new_tokens >= 1 or None, got {max_new_tokens}")
+    if prefill_chunk is not None and prefill_chunk < 1:
+        raise ValueError(f"generate: expected prefill_chunk >= 1 or None, got {prefill_chunk}")
+    tokens: list[int] = []
+    raised: list[BaseException] = []  # a C callback cannot raise: keep it until the call is over
+
+    def guard(callback: Callable[[int], None]) -> Callable[[int, Any], int]:
+        def call(value: int, _user: Any) -> int:
+            try:
+                callback(value)
+            except BaseException as error:  # KeyboardInterrupt arrives in here too
+                raised.append(error)
+            return len(raised)
+
+        return call
+
+    def take(token: int) -> None:
+        tokens.append(token)
+        if on_token is not None:
+            on_token(token)
+
+    native = _native.GenerateConfig(
+        max_new_tokens=max_new_tokens or 0,
+        prefill_chunk=prefill_chunk or 0,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop_tokens=(ctypes.c_int64 * len(stop_tokens))(*stop_tokens),
+        n_stop_tokens=len(stop_tokens),
+        on_prefill=_native.PrefillCallback(guard(on_prefill or (lambda n_read: None))),
+    )
+    stats = _native.GenerateStats()
+    code = _native.library().generate(
+        model.handle,
+        (ctypes.c_int64 * len(prompt))(*prompt),
+        len(prompt),
+        start_pos,
+        _native.byref(native),
+        _native.TokenCallback(guard(take)),
+        None,
+        _native.byref(stats),
+    )
+    generation = Generation(tokens, GenerationStats.from_native(stats))
+    if raised and isinstance(raised[0], KeyboardInterrupt):
+        raise GenerationInterrupted(generation) from raised[0]
+    if raised:
+        raise raised[0]
+    _native.check(code)
+    return generation
+
+
+def generate_text(
+    model: Any,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    on_text: Callable[[str], Any] | None = None,
+    stop_tokens: Sequence[int] = (),
+    **options: Any,
+) -> Generation:
+    """Continue ``prompt``; the text comes in whole characters as soon as they are certain.
+
+    Args:
+        model: from ``cuda_int4.load``.
+        tokenizer: from ``load_tokenizer``.
+        prompt: at least one token long.
+        on_text: called with each new piece of text.
+        stop_tokens: besides the model's and the tokenizer's own end tokens.
+        **options: as for ``generate_tokens``.
+
+    Raises:
+        GenerationInterrupted: Ctrl-C; it carries tokens and text up to then.
+    """
+    info = decode_info(model)
+    stops = sorted({*stop_tokens, *tokenizer.stop_tokens, *info.eos_ids})
+    stream = TextStream(tokenizer, on_text)
+    on_token = options.pop("on_token", None)
+
+    def take(token: int) -> None:
+        if token not in stops:
+            stream.push(token)
+        if on_token is not None:
+            on_token(token)
+
+    try:
+        generation = generate_tokens(
+            model, tokenizer.encode(prompt), stop_tokens=stops, on_token=take, **options
+        )
+    except GenerationInterrupted as interrupted:
+        generation = interrupted.generation
+        text = stream.finish()
+        raise GenerationInterrupted(Generation(generation.tokens, generation.stats, text)) from None
+    return Generation(generation.tokens, generation.stats, stream.finish())
