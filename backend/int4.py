@@ -118,7 +118,7 @@ def read_int4(
         return weight
     for kind, reader in _readers().items():
         if isinstance(weight, kind):
-            if reader in (from_int4_tensor, from_exportable):
+            if has_convention(weight):
                 return reader(weight, convention, who=who)
             if convention is None:
                 return reader(weight, who=who)
@@ -137,6 +137,15 @@ def read_int4(
 def is_readable(weight: object) -> bool:
     """Whether :func:`read_int4` knows this kind of tensor (its contents may still be refused)."""
     return isinstance(weight, (CanonicalInt4, *_readers()))
+
+
+def has_convention(weight: object) -> bool:
+    """Whether this kind of tensor comes in more than one convention."""
+    return any(
+        isinstance(weight, kind)
+        for kind, reader in _readers().items()
+        if reader in (from_int4_tensor, from_exportable)
+    )
 
 
 @functools.cache

@@ -46,6 +46,7 @@ class LayoutTag:
         return cls(match[1], int(match[2]))
 
     def __str__(self) -> str:
+        """The tag as it is written."""
         return f"{self.name}.v{self.version}"
 
 

@@ -68,7 +68,7 @@ class Case:
         )
 
     def make(self, seed: int) -> tuple[Tensor, CudaCoalescedInt4Tensor]:
-        """x [M, K] of unit variance, and the packed weight."""
+        """An x [M, K] of unit variance, and the packed weight."""
         x = torch.randn(self.M, self.K, generator=torch.Generator().manual_seed(seed + 1))
         weight = CudaCoalescedInt4Tensor.from_int4(self.source(seed))
         return x.to(self.dtype), weight.to(self.dtype)
