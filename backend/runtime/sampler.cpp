@@ -31,9 +31,7 @@ void convert_to_float(const void* data, std::vector<float>* out) {
 }
 
 Status copy_as_float(const TensorView& logits, std::vector<float>* out) {
-  if (!logits.present() || logits.data == nullptr) {
-    return invalid("sample: expected logits, got no tensor");
-  }
+  if (!logits.present()) return invalid("sample: expected logits, got no tensor");
   int64_t n = 1;
   for (int i = 0; i < logits.ndim; ++i) {
     const int64_t size = logits.sizes[i];
@@ -49,7 +47,7 @@ Status copy_as_float(const TensorView& logits, std::vector<float>* out) {
     return invalid("sample: expected logits in float16, bfloat16 or float32, got dtype %d",
                    static_cast<int>(logits.dtype));
   }
-  if (logits.nbytes < expected_nbytes) {
+  if (logits.data == nullptr || logits.nbytes < expected_nbytes) {
     return invalid("sample: expected %" PRIu64 " bytes of logits, got %" PRIu64, expected_nbytes,
                    logits.nbytes);
   }
