@@ -44,7 +44,7 @@ from torch.export import ExportedProgram
 
 from .passes.graph import args_of, calls, constant_name, input_spec, is_constant
 
-RENAMED_NAMESPACES = ("aten", "dim_order_ops")
+RENAMED_NAMESPACE = "aten"
 _KEPT_PREFIX = "aten::sym_"
 _LINEAR_PARTS = ("qdata", "scale", "zero_point", "meta", "bias")
 DENSE_TAG = "dense.v1"
@@ -183,7 +183,7 @@ def _content_hash(dtype: int, sizes: tuple[int, ...], data: bytes) -> str:
 def _rename_ops(plan: ExecutionPlan) -> tuple[str, ...]:
     for operator in plan.operators:
         namespace, _, name = operator.name.partition("::")
-        if namespace in RENAMED_NAMESPACES and not operator.name.startswith(
+        if namespace == RENAMED_NAMESPACE and not operator.name.startswith(
             _KEPT_PREFIX
         ):
             operator.name = f"cuda_int4::{name}"

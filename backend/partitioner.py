@@ -35,7 +35,7 @@ from . import ops as _ops  # noqa: F401  registers torch.ops.cuda_int4
 from ._native import DTYPE_NUMBERS, supported_ops
 from .layouts import ACTIVATIONS, choose_layout
 from .nested_program import operator_name
-from .passes import resolve_attention, resolve_rms_norm, resolve_silu
+from .passes import resolve_attention, resolve_dim_order, resolve_rms_norm, resolve_silu
 from .passes.graph import calls, edge_op, input_spec, is_constant, op_of
 from .passes.int4_linear import (
     is_dequantize,
@@ -220,6 +220,7 @@ class _Support(OperatorSupportBase):
         dtype = _foreign_dtype(node)
         if dtype is not None:
             return f"expected tensors of {', '.join(DTYPE_NUMBERS)}, got {dtype}"
+        op = resolve_dim_order.plain_op(node) or op
         if op in _EMITTED_AS and _EMITTED_AS[op] in self.known:
             return None
         if op in _EMITTED_AS and op is not aten.view_copy.default:

@@ -13,6 +13,7 @@ from .assign_layout import AssignLayoutPass
 from .fold_dequantize import FoldDequantizePass
 from .pack_weights import PackWeightsPass
 from .resolve_attention import ResolveAttentionPass
+from .resolve_dim_order import ResolveDimOrderPass
 from .resolve_int4_linear import ResolveInt4LinearPass
 from .resolve_rms_norm import ResolveRmsNormPass
 from .resolve_silu import ResolveSiluPass
@@ -22,6 +23,7 @@ __all__ = [
     "FoldDequantizePass",
     "PackWeightsPass",
     "ResolveAttentionPass",
+    "ResolveDimOrderPass",
     "ResolveInt4LinearPass",
     "ResolveRmsNormPass",
     "ResolveSiluPass",
@@ -47,6 +49,8 @@ def ordered_passes(layout: str, activation: str) -> list[ExportedProgramPassBase
         ResolveAttentionPass(),
         ResolveRmsNormPass(),
         ResolveSiluPass(),
+        # Last: our own ops return contiguous tensors, which makes more of these copies needless.
+        ResolveDimOrderPass(),
     ]
 
 

@@ -29,6 +29,12 @@ def op_of(node: object) -> object:
     return node.target._op if isinstance(node.target, EdgeOpOverload) else node.target
 
 
+def op_name(node: object) -> str:
+    """``"aten::mul"``, whatever the overload; "" where no ``torch.ops`` overload is called."""
+    op = op_of(node)
+    return op._schema.name if isinstance(op, torch._ops.OpOverload) else ""
+
+
 def edge_op(op: torch._ops.OpOverload) -> EdgeOpOverload:
     """The edge dialect's form of an overload: what a node in an edge program must call."""
     namespace, name = op._schema.name.split("::")
@@ -145,20 +151,24 @@ def rewriting(program: ExportedProgram) -> Iterator[GraphModule]:
 
 
 def call_like(
-    program: ExportedProgram, old: Node, op: torch._ops.OpOverload, args: tuple
+    program: ExportedProgram,
+    old: Node,
+    op: torch._ops.OpOverload,
+    args: tuple,
+    **kwargs: object,
 ) -> Node:
     """Insert a call of ``op`` in front of ``old``; its value's shape and dtype are computed.
 
     ``old`` keeps its users: the caller replaces them. Where it stood in the user's code is copied.
     """
     with program.graph.inserting_before(old):
-        node = program.graph.call_function(edge_op(op), args)
+        node = program.graph.call_function(edge_op(op), args, kwargs)  # type: ignore[arg-type]
     values = torch.fx.node.map_arg(args, lambda n: n.meta["val"])
     with fake_mode_of(program):
         node.meta = {
             k: v for k, v in old.meta.items() if k not in ("val", "tensor_meta", "spec")
         }
-        node.meta["val"] = op(*values)
+        node.meta["val"] = op(*values, **kwargs)
     return node
 
 

@@ -23,7 +23,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from ..layouts import ACTIVATIONS, check_shape, check_tag
-from .graph import args_of, constant_name, is_constant, op_of
+from .graph import args_of, constant_name, is_constant, op_name, op_of
 
 aten = torch.ops.aten
 X_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -67,7 +67,7 @@ class Int4Match:
 
 def is_dequantize(node: object) -> bool:
     """Whether a node turns int4 parts into a dense weight."""
-    name = _op_name(node)
+    name = op_name(node)
     return (
         name == "torchao::dequantize_int4_tensor" or name == "torchao::dequantize_gguf"
     )
@@ -75,7 +75,7 @@ def is_dequantize(node: object) -> bool:
 
 def is_int4_op(node: object) -> bool:
     """Whether a node computes on int4 parts without a dense weight: ours, or one of mslk's."""
-    name = _op_name(node)
+    name = op_name(node)
     return name == "cuda_int4::linear" or (name.startswith("mslk::") and "i4" in name)
 
 
@@ -84,7 +84,7 @@ def match_int4_linear(program: ExportedProgram, node: Node) -> Int4Match | None:
 
     Sizes are read off shapes and not judged: see :func:`refusal`.
     """
-    name = _op_name(node)
+    name = op_name(node)
     if name == "cuda_int4::linear":
         x, qdata, scale, zero_point, meta, bias, group_size, _, _ = args_of(node)
         N, K = _shape(node)[-1], _shape(x)[-1]
@@ -118,7 +118,7 @@ def match_int4_linear(program: ExportedProgram, node: Node) -> Int4Match | None:
     if operands is None:
         return None
     x, weight, bias, replaced = operands
-    if _op_name(weight) == "torchao::dequantize_int4_tensor":
+    if op_name(weight) == "torchao::dequantize_int4_tensor":
         qdata, scale, zero_point, group_size, _ = args_of(weight)
         *_, N, half_k = _shape(qdata)
         return Int4Match(
@@ -132,7 +132,7 @@ def match_int4_linear(program: ExportedProgram, node: Node) -> Int4Match | None:
             2 * half_k,
             group_size,
         )
-    if _op_name(weight) == "torchao::dequantize_gguf" and args_of(weight)[1] == "q4_k":
+    if op_name(weight) == "torchao::dequantize_gguf" and args_of(weight)[1] == "q4_k":
         raw = weight.args[0]
         N, row_bytes = _shape(raw)
         weights, nbytes = _GGUF_BLOCK
@@ -201,10 +201,10 @@ def refusal(program: ExportedProgram, match: Int4Match) -> str | None:
 
 def refusal_of_op(node: Node) -> str | None:
     """Why an op on int4 parts that is no known linear cannot be honoured."""
-    if _op_name(node) in ("cuda_int4::linear", "mslk::bf16i4bf16_rowwise"):
+    if op_name(node) in ("cuda_int4::linear", "mslk::bf16i4bf16_rowwise"):
         return None
     return (
-        f"{node.name}: expected an int4 linear with 16-bit activations, got {_op_name(node)}; "
+        f"{node.name}: expected an int4 linear with 16-bit activations, got {op_name(node)}; "
         "give the weights to cuda_int4.prepare_ before export"
     )
 
@@ -263,11 +263,6 @@ def _transposed(node: object) -> Node | None:
     if len(args) == 3 and {d % 2 for d in args[1:]} != {0, 1}:
         return None
     return args[0] if len(_shape(args[0])) == 2 else None
-
-
-def _op_name(node: object) -> str:
-    op = op_of(node)
-    return op._schema.name if isinstance(op, torch._ops.OpOverload) else ""
 
 
 def _shape(node: object) -> list:

@@ -14,6 +14,7 @@ from .graph import (
     args_of,
     call_like,
     calls,
+    op_name,
     op_of,
     remove_dead_nodes,
     replace,
@@ -22,7 +23,11 @@ from .graph import (
 
 aten = torch.ops.aten
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_COPIES = (aten.clone.default, aten.alias_copy.default)
+_COPIES = (
+    "aten::clone",
+    "aten::alias_copy",
+    "dim_order_ops::_clone_dim_order",
+)
 _VIEWS = (aten.view_copy.default, aten.view.default, aten._unsafe_view.default)
 
 
@@ -80,7 +85,7 @@ def refusal(node: Node) -> str | None:
         return (
             f"expected one of float16, bfloat16, float32 for q, k and v, got {dtypes}"
         )
-    (B, Hq, S, D), (Bk, Hk, T, Dk), (Bv, Hv, Tv, Dv) = shapes
+    (B, Hq, _, D), (Bk, Hk, T, Dk), (Bv, Hv, Tv, Dv) = shapes
     if not all(map(_equal, (B, B, D, D, T, Hk), (Bk, Bv, Dk, Dv, Tv, Hv))):
         return f"expected k and v of one shape, and q of its batch and head size, got {shapes}"
     if not isinstance(Hq, int) or not isinstance(Hk, int) or Hq % Hk:
@@ -101,12 +106,12 @@ def refusal(node: Node) -> str | None:
 def _before_repeat(node: Node) -> Node:
     """[B, Hkv, T, D] of which ``node`` [B, Hkv * n, T, D] repeats each head n times; else itself."""
     view = node
-    while op_of(view) in _COPIES:
+    while op_name(view) in _COPIES:
         view = view.args[0]  # type: ignore[assignment]
     if op_of(view) not in _VIEWS:
         return node
     expand = view.args[0]
-    while op_of(expand) in _COPIES:
+    while op_name(expand) in _COPIES:
         expand = expand.args[0]  # type: ignore[union-attr,assignment]
     if op_of(expand) not in (aten.expand_copy.default, aten.expand.default):
         return node
