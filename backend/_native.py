@@ -16,7 +16,17 @@ import importlib.util
 import os
 import sys
 import sysconfig
-from ctypes import POINTER, byref, c_char_p, c_double, c_int32, c_int64, c_uint32, c_uint64, c_void_p
+from ctypes import (
+    POINTER,
+    byref,
+    c_char_p,
+    c_double,
+    c_int32,
+    c_int64,
+    c_uint32,
+    c_uint64,
+    c_void_p,
+)
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +147,7 @@ class DecodeInfo(ctypes.Structure):
         ("max_context_len", c_int64),
         ("max_seq_len", c_int64),
         ("vocab_size", c_int64),
+        ("bos_id", c_int64),
         ("n_eos_ids", c_uint64),
         ("eos_ids", c_int64 * 32),
     ]

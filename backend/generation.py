@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from . import _native
-from .text_stream import TextStream, Tokenizer
+from .text_stream import ByteTokenizer, TextStream, Tokenizer
 
 STOP_REASONS = ("max_new_tokens", "stop_token", "end_of_context", "interrupted")
 
@@ -25,6 +25,7 @@ class DecodeInfo:
     max_context_len: int
     max_seq_len: int
     vocab_size: int
+    bos_id: int | None
     eos_ids: tuple[int, ...]
 
 
@@ -116,6 +117,7 @@ def decode_info(model: Any) -> DecodeInfo:
         max_context_len=native.max_context_len,
         max_seq_len=native.max_seq_len,
         vocab_size=native.vocab_size,
+        bos_id=native.bos_id if native.bos_id >= 0 else None,
         eos_ids=tuple(native.eos_ids[: native.n_eos_ids]),
     )
 
@@ -218,6 +220,7 @@ def generate_text(
     prompt: str,
     *,
     on_text: Callable[[str], Any] | None = None,
+    bos: bool = True,
     stop_tokens: Sequence[int] = (),
     **options: Any,
 ) -> Generation:
@@ -228,6 +231,7 @@ def generate_text(
         tokenizer: from ``load_tokenizer``.
         prompt: at least one token long.
         on_text: called with each new piece of text.
+        bos: put the begin token in front: the tokenizer's; for bytes the model's ``get_bos_id``.
         stop_tokens: besides the model's and the tokenizer's own end tokens.
         **options: as for ``generate_tokens``.
 
@@ -236,6 +240,9 @@ def generate_text(
     """
     info = decode_info(model)
     stops = sorted({*stop_tokens, *tokenizer.stop_tokens, *info.eos_ids})
+    tokens = tokenizer.encode(prompt, bos=bos)
+    if bos and isinstance(tokenizer, ByteTokenizer) and info.bos_id is not None:
+        tokens.insert(0, info.bos_id)
     stream = TextStream(tokenizer, on_text)
     on_token = options.pop("on_token", None)
 
@@ -246,9 +253,7 @@ def generate_text(
             on_token(token)
 
     try:
-        generation = generate_tokens(
-            model, tokenizer.encode(prompt), stop_tokens=stops, on_token=take, **options
-        )
+        generation = generate_tokens(model, tokens, stop_tokens=stops, on_token=take, **options)
     except GenerationInterrupted as interrupted:
         generation = interrupted.generation
         text = stream.finish()

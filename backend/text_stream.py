@@ -14,20 +14,20 @@ class Tokenizer(Protocol):
     stop_tokens: tuple[int, ...]
     n_words: int
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of ``text``, those that begin a conversation in front."""
+    def encode(self, text: str, *, bos: bool = True) -> list[int]:
+        """Ids of ``text``, with ``bos`` behind the token that begins a conversation."""
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of ``tokens``; U+FFFD where they end in the middle of a character."""
 
 
 class ByteTokenizer:
-    """Token = byte of UTF-8. Ids from 256 on are special tokens, without text."""
+    """Token = byte of UTF-8. Has no begin token, and ids from 256 on have no text."""
 
     stop_tokens: tuple[int, ...] = ()
     n_words = 256
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, bos: bool = True) -> list[int]:
         """The bytes; an undecodable byte of the command line comes back as that byte."""
         return list(text.encode("utf-8", "surrogateescape"))
 
@@ -40,15 +40,13 @@ class FileTokenizer:
     """A tokenizer.json (Hugging Face), SentencePiece or tiktoken file, by ``pytorch_tokenizers``.
 
     Args:
-        path: the file.
-        bos: begin each prompt with the begin token, where the tokenizer has one. For a
-            tokenizer.json the file's own template decides.
+        path: the file. Whether a tokenizer.json has a begin token, its own template decides.
 
     Raises:
         ValueError: ``pytorch_tokenizers`` cannot read it.
     """
 
-    def __init__(self, path: str | Path, *, bos: bool = True) -> None:
+    def __init__(self, path: str | Path) -> None:
         """Read the file."""
         from pytorch_tokenizers import get_tokenizer
 
@@ -61,14 +59,14 @@ class FileTokenizer:
                 f"tokenizer: {path}: expected a Hugging Face tokenizer.json, a SentencePiece or a "
                 f"tiktoken file, pytorch_tokenizers read none: {error}"
             ) from error
-        self._bos = bos and _is_id(getattr(self._tokenizer, "bos_id", None))
+        self._has_bos = _is_id(getattr(self._tokenizer, "bos_id", None))
         self.n_words: int = self._tokenizer.n_words
         ends = [*getattr(self._tokenizer, "stop_tokens", ()), self._tokenizer.eos_id]
         self.stop_tokens = tuple(dict.fromkeys(int(t) for t in ends if _is_id(t)))
 
-    def encode(self, text: str) -> list[int]:
-        """Ids, the begin token in front."""
-        return list(self._tokenizer.encode(text, bos=self._bos, eos=False))
+    def encode(self, text: str, *, bos: bool = True) -> list[int]:
+        """Ids; with ``bos`` behind the begin token, where the tokenizer has one."""
+        return list(self._tokenizer.encode(text, bos=bos and self._has_bos, eos=False))
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of ``tokens``; a model's vocabulary may be padded, padding has no text."""
@@ -79,9 +77,9 @@ def _is_id(token: Any) -> bool:
     return isinstance(token, int) and token >= 0
 
 
-def load_tokenizer(name: str | Path, *, bos: bool = True) -> Tokenizer:
+def load_tokenizer(name: str | Path) -> Tokenizer:
     """``ByteTokenizer`` for "bytes", else ``FileTokenizer`` of that file."""
-    return ByteTokenizer() if str(name) == "bytes" else FileTokenizer(name, bos=bos)
+    return ByteTokenizer() if str(name) == "bytes" else FileTokenizer(name)
 
 
 class TextStream:

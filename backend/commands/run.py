@@ -162,7 +162,7 @@ def run_command(args: argparse.Namespace) -> int:
     """
     from ..model import load
 
-    tokenizer = load_tokenizer(args.tokenizer, bos=not args.no_bos)
+    tokenizer = load_tokenizer(args.tokenizer)
     if args.threads is not None:
         _native.check(_native.library().set_num_threads(args.threads))
     model = load(args.model, args.data, device=args.device, verify=not args.no_verify)
@@ -194,7 +194,9 @@ def run_command(args: argparse.Namespace) -> int:
             if isinstance(tokenizer, ByteTokenizer):
                 _check_byte_vocab(args.model, model)
             options["on_token" if as_ids else "on_text"] = show
-            generation = generate_text(model, tokenizer, _prompt(args), **options)
+            generation = generate_text(
+                model, tokenizer, _prompt(args), bos=not args.no_bos, **options
+            )
     except GenerationInterrupted as error:
         generation, interrupted = error.generation, True
     finally:

@@ -66,6 +66,7 @@ struct cuda_int4_decode_info {
   int64_t max_context_len;  // tokens the cache holds
   int64_t max_seq_len;      // tokens that one forward takes
   int64_t vocab_size;
+  int64_t bos_id;  // begins a conversation; -1: none. generate does not put it in front
   uint64_t n_eos_ids;
   int64_t eos_ids[32];
 };

@@ -62,7 +62,8 @@ int32_t cuda_int4_model_decode_info(cuda_int4_model* model, cuda_int4_decode_inf
       return fail(Error::NotSupported, "get_eos_ids: expected at most %zu ids, got %zu", kMaxEosIds,
                   info.eos_ids.size());
     }
-    *out = {info.max_context_len, info.max_seq_len, info.vocab_size, info.eos_ids.size(), {0}};
+    *out = {info.max_context_len, info.max_seq_len,    info.vocab_size,
+            info.bos_id,          info.eos_ids.size(), {0}};
     std::copy(info.eos_ids.begin(), info.eos_ids.end(), out->eos_ids);
     return Error::Ok;
   });

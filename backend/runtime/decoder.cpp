@@ -146,6 +146,7 @@ Error Decoder::read_metadata() {
   if (error == Error::Ok) error = read_int(model_, "get_max_seq_len", &max_seq_len);
   if (error == Error::Ok) error = read_int(model_, "get_max_context_len", &max_context_len);
   if (error == Error::Ok) error = read_int(model_, "get_vocab_size", &vocab_size);
+  if (error == Error::Ok) error = read_int(model_, "get_bos_id", &info_.bos_id);
   if (error == Error::Ok && model_.has_method("get_eos_ids")) {
     error = read_ints(model_, "get_eos_ids", &info_.eos_ids);
   }
@@ -174,6 +175,11 @@ Error Decoder::read_metadata() {
                 "decode: expected get_max_context_len and get_max_seq_len >= 1 and get_vocab_size "
                 "in 1..%" PRId64 " (the logits'), got %" PRId64 ", %" PRId64 " and %" PRId64,
                 info_.vocab_size, max_context_len, max_seq_len, vocab_size);
+  }
+  if (info_.bos_id < -1 || info_.bos_id >= vocab_size) {
+    return fail(Error::InvalidProgram,
+                "decode: expected get_bos_id in 0..%" PRId64 ", got %" PRId64, vocab_size - 1,
+                info_.bos_id);
   }
   info_.vocab_size = vocab_size;
   info_.max_context_len = max_context_len;

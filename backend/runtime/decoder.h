@@ -6,7 +6,7 @@
 //   input_pos  [S], the position of each token; or [1], the position of the first
 //   logits     [1, S, V], [1, 1, V] or [1, V]; float16 | bfloat16 | float32; the last row is read
 //   constant methods, each optional: get_max_context_len, get_max_seq_len, get_vocab_size,
-//              get_eos_ids, use_kv_cache (must be true), enable_dynamic_shape (false: S is 1)
+//              get_bos_id, get_eos_ids, use_kv_cache (must be true), enable_dynamic_shape (false: S is 1)
 //
 //   std::unique_ptr<Model> model;
 //   Model::open("llama.pte", nullptr, "auto", true, &model);
@@ -37,6 +37,7 @@ struct DecodeInfo {
   int64_t max_context_len = 0;  // tokens the cache holds
   int64_t max_seq_len = 0;      // tokens that one forward takes
   int64_t vocab_size = 0;       // tokens are 0..vocab_size - 1
+  int64_t bos_id = -1;          // begins a conversation, for whoever makes tokens of text; -1: none
   std::vector<int64_t> eos_ids;
 };
 

@@ -44,10 +44,12 @@ Generates from an ExecuTorch language model. What it chooses goes to stdout as i
 times to stderr.
 
 prompt (exactly one)
-  --prompt TEXT        for a model whose tokens are bytes: the text, byte by byte
+  --prompt TEXT        for a model whose tokens are bytes: the text, byte by byte, behind the
+                       model's begin token if it has one
   --prompt-file FILE   the same, from a file ("-" is stdin)
   --tokens IDS         token ids such as 1,15043,3186; ids come back. For models with a tokenizer
                        (to give and get their text: cuda-int4 run MODEL.pte --tokenizer FILE)
+  --no-bos             no begin token in front of a text
 
 how much
   --max-new N          stop after N new tokens (default: at a stop token or the end of the context)
@@ -90,6 +92,7 @@ struct Options {
   std::vector<int64_t> prompt;
   bool have_prompt = false;
   bool is_text = false;  // the prompt was text: so is the output
+  bool bos = true;
   bool print_tokens = false;
   bool json = false;
   bool verify = true;
@@ -169,6 +172,7 @@ enum Option : int {
   kPrompt = 256,
   kPromptFile,
   kTokens,
+  kNoBos,
   kMaxNew,
   kStopToken,
   kPrefillChunk,
@@ -190,6 +194,7 @@ const struct option kLongOptions[] = {
     {"prompt", required_argument, nullptr, kPrompt},
     {"prompt-file", required_argument, nullptr, kPromptFile},
     {"tokens", required_argument, nullptr, kTokens},
+    {"no-bos", no_argument, nullptr, kNoBos},
     {"max-new", required_argument, nullptr, kMaxNew},
     {"stop-token", required_argument, nullptr, kStopToken},
     {"prefill-chunk", required_argument, nullptr, kPrefillChunk},
@@ -218,6 +223,9 @@ void apply_option(int option, const char* value, Options* options) {
       return set_prompt(options, bytes_of(read_prompt_file(value)), true);
     case kTokens:
       return set_prompt(options, parse_tokens(value), false);
+    case kNoBos:
+      options->bos = false;
+      return;
     case kMaxNew:
       config.max_new_tokens = parse_int("--max-new", value, 1, INT64_MAX);
       return;
@@ -355,6 +363,10 @@ int run(const Options& options) {
         path, vocab_size);
     return kFailed;
   }
+  std::vector<int64_t> prompt = options.prompt;
+  if (options.is_text && options.bos && decoder->info().bos_id >= 0) {
+    prompt.insert(prompt.begin(), decoder->info().bos_id);
+  }
   const bool as_text = options.is_text && !options.print_tokens;
 
   std::vector<int64_t> chosen;
@@ -366,8 +378,8 @@ int run(const Options& options) {
     return !interrupted.load(std::memory_order_relaxed);
   };
   GenerateStats stats;
-  const auto error = decoder->generate(options.prompt.data(), int64_t(options.prompt.size()),
-                                       options.config, callbacks, &stats);
+  const auto error =
+      decoder->generate(prompt.data(), int64_t(prompt.size()), options.config, callbacks, &stats);
   if (!options.json && !chosen.empty()) std::fputc('\n', stdout);
   if (error != Error::Ok) return fail();
 
