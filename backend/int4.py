@@ -123,7 +123,7 @@ def read_int4(
             if convention is None:
                 return reader(weight, who=who)
             raise ValueError(
-                f"{who}: expected no convention for a {kind.__name__}, which has one meaning, got "
+                f"{who}: expected no convention for {kind.__name__}, which has one meaning, got "
                 f"{convention!r}; leave it out"
             )
     names = ", ".join(kind.__name__ for kind in _readers())
