@@ -15,11 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from corpus import documents, standard_library, stream
-from model import WEIGHTS, as_tensor, bits_per_byte, load
 from torch import Tensor, nn
 
+from corpus import documents, standard_library, stream
 from cuda_int4 import Int4Config, quantize_
+from model import WEIGHTS, as_tensor, bits_per_byte, load
 
 CONTEXT = 2048
 HEADER = (
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--activations", nargs="+", default=["none", "int8"])
     args = parser.parse_args()
 
-    data = as_tensor(stream(documents(args.source, held_out=True)))
+    data = as_tensor(stream(documents(args.source, "held_out")))
 
     def measure(model: nn.Module) -> float:
         return bits_per_byte(model, data, CONTEXT, batch=1, n_windows=args.windows)

@@ -18,9 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from model import WEIGHTS, ByteLlama, load
 
 import cuda_int4
+from model import WEIGHTS, ByteLlama, load
 
 Forward = Callable[[torch.Tensor, torch.Tensor], list[torch.Tensor]]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

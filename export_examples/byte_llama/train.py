@@ -4,16 +4,18 @@
     python train.py --source /path/to/cpython/Lib --minutes 7.5  # another Python's library
 
 Writes ``byte_llama.safetensors`` (bfloat16) and ``byte_llama.json`` (sizes, figures, samples) into
-``--output``, twice a minute and at the end. The learning rate follows the clock: a short warm-up, a
-plateau, then a straight line to zero that ends when the minutes do. Matrices of the layers are
-trained by Muon (muon.py), the rest by AdamW; the library is read dozens of times, hence weight
-decay and a little dropout. Bits per byte are those of the held-out files (corpus.py). On a CPU,
+``--output``, twice a minute where the validation files (corpus.py) read best so far. The learning
+rate follows the clock: a short warm-up, a plateau, then a straight line to zero that ends when the
+minutes do. Matrices of the layers are trained by Muon (muon.py), the rest by AdamW. The library is
+read dozens of times, hence weight decay and dropout: at 0.05 the model began to recite after 45
+readings (held-out 0.728 bits per byte, 0.765 after 57), at 0 after 38 (0.766; 1.017). On a CPU,
 ``--batch 2 --context 128 --minutes 0.3 --dim 64`` shows that the script works.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import json
 import math
@@ -24,11 +26,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
 from corpus import documents, standard_library, stream
 from model import WEIGHTS, ByteLlama, Config, as_tensor, bits_per_byte, loss_of
 from muon import Muon
-from safetensors.torch import save_file
-from torch import Tensor
 
 START = time.monotonic()
 LOG2 = math.log(2)
@@ -157,10 +160,8 @@ def main() -> None:
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
 
-    train_texts = documents(args.source, held_out=False)
-    held_out_texts = documents(args.source, held_out=True)
-    train_data = as_tensor(stream(train_texts)).to(device)
-    held_out_data = as_tensor(stream(held_out_texts)).to(device)
+    texts = {p: documents(args.source, p) for p in ("train", "validation", "held_out")}
+    data = {part: as_tensor(stream(docs)).to(device) for part, docs in texts.items()}
 
     config = Config(dim=args.dim)
     model = ByteLlama(config, dropout=args.dropout).to(device)
@@ -173,8 +174,8 @@ def main() -> None:
     report = {
         "config": dataclasses.asdict(config),
         "n_parameters": sum(p.numel() for p in model.parameters()),
-        "files": {"train": len(train_texts), "held_out": len(held_out_texts)},
-        "bytes": {"train": len(train_data), "held_out": len(held_out_data)},
+        "files": {part: len(docs) for part, docs in texts.items()},
+        "bytes": {part: len(text) for part, text in data.items()},
         "arguments": {
             k: v if isinstance(v, int | float) else v.name for k, v in vars(args).items()
         },
@@ -186,9 +187,10 @@ def main() -> None:
 
     autocast = torch.autocast(device.type, torch.bfloat16)
     train_loss = loss_of if args.no_compile or device.type == "cpu" else torch.compile(loss_of)
-    batches = windows(train_data, args.batch, args.context)
+    batches = windows(data["train"], args.batch, args.context)
     clock = Clock(args.minutes * 60)
     losses, next_report, last_step = torch.zeros((), device=device), 30.0, 0
+    best, best_state = math.inf, {}
     while clock.progress < 1:
         model.train()
         for optimizer, peak in peaks.items():
@@ -210,22 +212,30 @@ def main() -> None:
             continue
         model.eval()
         with autocast:
-            held_out = bits_per_byte(model, held_out_data, args.context)
+            validation = bits_per_byte(model, data["validation"], args.context)
         seen = clock.step * args.batch * args.context
         row = {
             "step": clock.step,
             "seconds": round(clock.now, 1),
             "progress": round(clock.progress, 3),
             "train_bits_per_byte": round(losses.item() / (clock.step - last_step) / LOG2, 4),
-            "held_out_bits_per_byte": round(held_out, 4),
+            "validation_bits_per_byte": round(validation, 4),
             "bytes_per_second": round(seen / max(clock.now - clock.began, 1e-9)),
-            "epochs": round(seen / len(train_data), 2),
+            "epochs": round(seen / len(data["train"]), 2),
         }
         print(json.dumps(row), flush=True)
         report["history"].append(row)
-        save(model, report, args.output)
+        if validation < best:
+            best, best_state = validation, copy.deepcopy(model.state_dict())
+            report["chosen_step"] = clock.step
+            save(model, report, args.output)
         losses.zero_()
         next_report, last_step = clock.now + 30, clock.step
+    model.load_state_dict(best_state)
+    with autocast:
+        bits = {p: bits_per_byte(model.eval(), data[p], args.context) for p in data if p != "train"}
+    report["bits_per_byte"] = {part: round(b, 4) for part, b in bits.items()}
+    print(json.dumps(report["bits_per_byte"]), flush=True)
     report["samples"] = samples(model.eval(), 600 if device.type == "cuda" else 40)
     save(model, report, args.output)
     print(f"saved {args.output / WEIGHTS.name} after {time.monotonic() - START:.0f} s", flush=True)

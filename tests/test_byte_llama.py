@@ -1,0 +1,126 @@
+"""The examples: the byte Llama (model, weights, export) and executorch's own Llama.
+
+``BYTE_LLAMA_TOKENS=2000 pytest tests/test_byte_llama.py`` compares that many tokens; CI a few.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import cuda_int4
+
+EXAMPLES = Path(__file__).parents[1] / "export_examples"
+sys.path.insert(0, str(EXAMPLES / "byte_llama"))  # its scripts import each other by plain names
+
+import corpus  # noqa: E402
+import export as byte_llama  # noqa: E402
+import model as model_module  # noqa: E402
+from model import WEIGHTS, ByteLlama, Config, as_tensor, bits_per_byte, load  # noqa: E402
+
+N_TOKENS = int(os.environ.get("BYTE_LLAMA_TOKENS", "160"))
+TEXT = Path(model_module.__file__).read_bytes()  # real Python that is always at hand
+
+
+def small_model(max_context: int) -> ByteLlama:
+    torch.manual_seed(0)
+    model = ByteLlama(Config(n_layers=2), max_context=max_context)
+    model.init_weights()
+    return model.eval()
+
+
+def test_every_linear_fits_every_layout():
+    shapes = [tuple(p.shape) for p in ByteLlama(Config()).parameters() if p.dim() == 2]
+    assert all(n % 128 == 0 and k % 256 == 0 for n, k in shapes), shapes
+
+
+@torch.no_grad()
+def test_decoding_with_the_cache_equals_reading_at_once():
+    model = small_model(max_context=64)
+    tokens = torch.randint(256, (1, 48))
+    at_once = model(tokens)
+    cuts = [(0, 20), (20, 33), *((i, i + 1) for i in range(33, 48))]
+    pieces = [model(tokens[:, a:b], torch.arange(a, b)) for a, b in cuts]
+    assert torch.allclose(torch.cat(pieces, 1), at_once, atol=1e-5)
+
+
+@torch.no_grad()
+def test_reset_forgets():
+    model = small_model(max_context=64)
+    tokens, input_pos = torch.randint(256, (1, 8)), torch.arange(8)
+    first = model(tokens, input_pos)
+    model.reset()
+    assert all(not b.any() for name, b in model.named_buffers() if name.endswith("_cache"))
+    assert torch.equal(model(tokens, input_pos), first)
+
+
+def test_the_split_depends_on_paths_alone(tmp_path):
+    root = corpus.standard_library()
+    some = sorted(p.relative_to(root).as_posix() for p in root.glob("*.py"))
+    parts = {path: corpus.part_of(path) for path in some}
+    held_out = [path for path in some if parts[path] == "held_out"]
+    validation = [path for path in some if parts[path] == "validation"]
+    for path in [*held_out, *validation, "argparse.py", "badly.py", "nul.py"]:
+        (tmp_path / path).write_text("x = 1\n" if path != "nul.py" else "\0")
+    assert list(corpus.documents(tmp_path, "held_out")) == held_out
+    assert list(corpus.documents(tmp_path, "validation")) == validation
+    assert list(corpus.documents(tmp_path, "train")) == ["argparse.py"]
+
+
+def test_no_sources_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="found none; pass a Python's Lib"):
+        corpus.documents(tmp_path, "held_out")
+
+
+def test_weights_are_small_bfloat16_and_complete():
+    assert WEIGHTS.stat().st_size <= 12_000_000
+    model = load(dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    report = json.loads(WEIGHTS.with_suffix(".json").read_text())
+    assert report["n_parameters"] == sum(p.numel() for p in model.parameters())
+
+
+def test_held_out_source_is_predicted():
+    texts = corpus.documents(corpus.standard_library(), "held_out")
+    modules = {path: text for path, text in texts.items() if "test" not in path}
+    data = as_tensor(corpus.stream(modules))
+    bits = bits_per_byte(load(dtype=torch.bfloat16), data, 2048, batch=1, n_windows=6)
+    assert bits < 1.2, f"expected at most 1.2 bits per byte, got {bits:.3f}"
+
+
+@pytest.mark.parametrize("activation", ["none", "int8"])
+def test_program_agrees_with_eager(tmp_path, activation):
+    model, path = byte_llama.build(
+        tmp_path / "byte_llama.pte", method="min_max", activation=activation
+    )
+    program = cuda_int4.load(path, device="cpu")
+    found = byte_llama.agreement(model, program.forward, TEXT[: N_TOKENS - 1])
+    assert found.n_tokens == N_TOKENS
+    # Two bfloat16 roundings of the greatest logit: nearer than that, eager's top two are a tie.
+    assert found.widest_margin <= 2 * found.greatest_logit * 2**-8, found
+
+
+def test_program_agrees_with_eager_in_float32(tmp_path):
+    model, path = byte_llama.build(
+        tmp_path / "byte_llama.pte", method="min_max", dtype=torch.float32, symmetric=True
+    )
+    program = cuda_int4.load(path, device="cpu")
+    found = byte_llama.agreement(model, program.forward, TEXT[: N_TOKENS - 1])
+    assert found.greatest_difference <= 1e-4 * found.greatest_logit, found
+    assert found.widest_margin <= 1e-4 * found.greatest_logit, found
+
+
+def test_executorchs_llama_agrees_with_eager(tmp_path):
+    spec = importlib.util.spec_from_file_location("llama_export", EXAMPLES / "llama" / "export.py")
+    llama = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(llama)
+    model, path = llama.build(tmp_path / "llama.pte", n_layers=1, dim=128, max_context=64)
+    worst, size = llama.greatest_difference(model, path, n_tokens=12)
+    assert worst <= 1e-4 * size
+    assert not cuda_int4.inspect(path)["outside"]
