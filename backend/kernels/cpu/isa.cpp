@@ -16,6 +16,19 @@ struct IsaRow {
 // Worst to best.
 const IsaRow kIsas[] = {
     {&kScalarKernels, [] { return true; }},
+#if defined(__x86_64__)
+    {&kAvx2Kernels,
+     [] {
+       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+              __builtin_cpu_supports("f16c");
+     }},
+    {&kAvx512Kernels,
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+              __builtin_cpu_supports("avx512vnni");
+     }},
+#endif
 };
 
 const CpuKernels& choose() {

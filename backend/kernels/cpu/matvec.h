@@ -1,0 +1,153 @@
+// matvec -- y[m, n] for few rows m, straight from the packed codes; one thread owns an n.
+//
+//   operand     dtype            shape          order in memory
+//   x           staged by the policy P, one block per 8 * S::kLanes consecutive k
+//   qdata       u32 = 8 codes    [N, K/8]       row-major
+//   scale, zp   any float        [N, n_groups]  row-major
+//   y (out)     f16, bf16, f32   [M, N]         row-major
+//
+// Lane i of a vector of dwords holds the codes of k = 8i .. 8i + 7 of its block, so each lane is
+// within one group, and a dot needs no shuffle: x is permuted once per call to match. Four rows n
+// go together and share the loads of x.
+// Bytes     reads N*K/2 + scales once; bound by memory where the arithmetic keeps up (README.md)
+// Numerics  fp32: per block and lane sum_j x * q, then minus zero_point * sum_j x, times scale,
+//           added to the lane's sum; lanes added at the end. x one-hot gives (q - z) * scale
+//           rounded as the definition rounds it. The order is the same for every cut of the work.
+#pragma once
+
+#include "cpu_kernels.h"
+#include "linear_parts.h"
+
+namespace cuda_int4 {
+namespace cpu {
+
+constexpr int64_t kMatvecRows = 4;    // rows n of one unit
+constexpr int64_t kChunkBlocks = 64;  // blocks of K between refills of the group buffers
+constexpr int64_t kMatvecMaxM = 64;   // rows of x that scratch holds
+
+template <class S>
+constexpr int64_t kBlockK = 8 * S::kLanes;
+
+template <class S, class P>
+static uint64_t matvec_row_bytes(const LinearJob& job) {
+  return static_cast<uint64_t>(ceil_div(job.K, kBlockK<S>)) * P::kBlockBytes;
+}
+
+template <class S, class P>
+static uint64_t matvec_scratch_bytes(const LinearJob& job) {
+  return matvec_row_bytes<S, P>(job) * static_cast<uint64_t>(job.M);
+}
+
+template <class S, class P>
+static void matvec_stage(const LinearJob& job, int64_t m_begin, int64_t m_end) {
+  for (int64_t m = m_begin; m < m_end; ++m) {
+    uint8_t* to = static_cast<uint8_t*>(job.scratch) + m * matvec_row_bytes<S, P>(job);
+    for (int64_t k = 0; k < job.K; k += kBlockK<S>, to += P::kBlockBytes) {
+      P::stage(job, m, k, smaller(kBlockK<S>, job.K - k), to);
+    }
+  }
+}
+
+// kRows outputs y[m, n .. n + kRows).
+template <class S, class P, int kRows, bool kZero, int kLanesPerGroup>
+static void matvec_rows(const LinearJob& job, int64_t m, int64_t n) {
+  using F = typename S::F;
+  using I = typename S::I;
+  constexpr int64_t kGroupsPerBlock = kLanesPerGroup >= S::kLanes ? 1 : S::kLanes / kLanesPerGroup;
+  constexpr int64_t kWordBytes = 4 * S::kLanes;
+  alignas(64) float scales[kRows][kChunkBlocks * kGroupsPerBlock + 2 * S::kLanes];
+  alignas(64) float zeros[kZero ? kRows : 1][kChunkBlocks * kGroupsPerBlock + 2 * S::kLanes];
+
+  const int64_t n_groups = job.K / job.group_size;
+  const int64_t n_blocks = ceil_div(job.K, kBlockK<S>), n_full = job.K / kBlockK<S>;
+  // Index of a block's first group = its number of groups so far >> shift.
+  const int shift = group_shift(ceil_div(job.group_size, kBlockK<S>), n_groups == 1);
+  const uint8_t* x = static_cast<const uint8_t*>(job.scratch) + m * matvec_row_bytes<S, P>(job);
+  const uint8_t* q = job.qdata + n * (job.K / 2);
+  F sums[kRows];
+  for (int r = 0; r < kRows; ++r) sums[r] = S::zero();
+
+  for (int64_t chunk = 0; chunk < n_blocks; chunk += kChunkBlocks) {
+    const int64_t chunk_end = smaller(chunk + kChunkBlocks, n_blocks);
+    const int64_t first = (chunk * kGroupsPerBlock) >> shift;
+    const int64_t count =
+        smaller(n_groups, ((chunk_end * kGroupsPerBlock - 1) >> shift) + 1) - first;
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t at = (n + r) * n_groups + first;
+      load_groups<S>(job.scale, job.scale_dtype, at, count, scales[r]);
+      if (kZero) load_groups<S>(job.zero_point, job.zero_point_dtype, at, count, zeros[r]);
+    }
+    const auto add_block = [&](int64_t block, const I(&words)[kRows]) {
+      const int64_t group = ((block * kGroupsPerBlock) >> shift) - first;
+      F zero[kRows], partial[kRows];
+      for (int r = 0; r < kRows; ++r) {
+        if (kZero) zero[r] = S::template spread<kLanesPerGroup>(zeros[r] + group);
+      }
+      P::template dot<kZero, kRows>(words, x + block * P::kBlockBytes, zero, partial);
+      for (int r = 0; r < kRows; ++r) {
+        sums[r] =
+            S::fma(S::template spread<kLanesPerGroup>(scales[r] + group), partial[r], sums[r]);
+      }
+    };
+    for (int64_t block = chunk; block < smaller(chunk_end, n_full); ++block) {
+      I words[kRows];
+      for (int r = 0; r < kRows; ++r) {
+        words[r] = S::load_words(q + r * (job.K / 2) + block * kWordBytes);
+      }
+      add_block(block, words);
+    }
+    if (chunk_end == n_blocks && n_full < n_blocks) {  // the last block is a partial one
+      const int64_t n_words = (job.K - n_full * kBlockK<S>) / 8;
+      I words[kRows];
+      for (int r = 0; r < kRows; ++r) {
+        words[r] = S::load_words_partial(q + r * (job.K / 2) + n_full * kWordBytes, n_words);
+      }
+      add_block(n_full, words);
+    }
+  }
+  for (int r = 0; r < kRows; ++r) store_y(job, m, n + r, S::sum(sums[r]));
+}
+
+template <class S, class P, bool kZero, int kLanesPerGroup>
+static void matvec_units(const LinearJob& job, int64_t unit_begin, int64_t unit_end) {
+  for (int64_t unit = unit_begin; unit < unit_end; ++unit) {
+    const int64_t n = unit * kMatvecRows;
+    for (int64_t m = 0; m < job.M; ++m) {  // the unit's codes stay in L1 between rows of x
+      if (n + kMatvecRows <= job.N) {
+        matvec_rows<S, P, kMatvecRows, kZero, kLanesPerGroup>(job, m, n);
+      } else {
+        for (int64_t r = n; r < job.N; ++r) {
+          matvec_rows<S, P, 1, kZero, kLanesPerGroup>(job, m, r);
+        }
+      }
+    }
+  }
+}
+
+template <class S, class P>
+static void matvec_run(const LinearJob& job, int64_t unit_begin, int64_t unit_end) {
+  const auto with_zero = [&](auto lanes_per_group) {
+    constexpr int kLanesPerGroup = decltype(lanes_per_group)::value;
+    if (job.zero_point != nullptr) {
+      matvec_units<S, P, true, kLanesPerGroup>(job, unit_begin, unit_end);
+    } else {
+      matvec_units<S, P, false, kLanesPerGroup>(job, unit_begin, unit_end);
+    }
+  };
+  if (job.group_size == 32 && S::kLanes > 4) return with_zero(std::integral_constant<int, 4>());
+  if (job.group_size == 64 && S::kLanes > 8) return with_zero(std::integral_constant<int, 8>());
+  with_zero(std::integral_constant<int, S::kLanes>());
+}
+
+template <class S, class P>
+constexpr LinearKernel matvec_kernel(const char* name) {
+  return {name,
+          kMatvecRows,
+          kMatvecMaxM,
+          matvec_scratch_bytes<S, P>,
+          matvec_stage<S, P>,
+          matvec_run<S, P>};
+}
+
+}  // namespace cpu
+}  // namespace cuda_int4
