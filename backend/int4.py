@@ -380,10 +380,11 @@ def _encode(
         groups = qdata.reshape(*scale.shape, group_size // 2)
         qdata = torch.where(filled.unsqueeze(-1), 0, groups).reshape(qdata.shape)
     _check_finite("zero_point", zero_point, who)
+    zero_point_or_none = _narrow_zero_point(zero_point, scale.dtype)
     return CanonicalInt4(
-        qdata.contiguous(),
-        scale.contiguous(),
-        _narrow_zero_point(zero_point, scale.dtype),
+        _dense(qdata),
+        _dense(scale),
+        None if zero_point_or_none is None else _dense(zero_point_or_none),
         group_size,
         _flat_pre_scale(who, act_pre_scale, 2 * qdata.shape[1]),
         dtype,
@@ -391,12 +392,17 @@ def _encode(
 
 
 def _narrow_zero_point(zero_point: Tensor, scale_dtype: torch.dtype) -> Tensor | None:
-    """None if all are 8, else in scale's dtype if all fit it, else in float32; contiguous."""
+    """None if all are 8, else in scale's dtype if all fit it, else in float32."""
     if bool((zero_point == SYMMETRIC_ZERO_POINT).all()):
         return None
     narrow = zero_point.to(scale_dtype)
     exact = torch.equal(narrow.double(), zero_point)
-    return (narrow if exact else zero_point.float()).contiguous()
+    return narrow if exact else zero_point.float()
+
+
+def _dense(t: Tensor) -> Tensor:
+    """Row-major, with the strides of a new tensor also where a dimension is 1."""
+    return t.contiguous().view(-1).view(t.shape)
 
 
 def _flat_pre_scale(who: str, act_pre_scale: Tensor | None, K: int) -> Tensor | None:
@@ -406,7 +412,7 @@ def _flat_pre_scale(who: str, act_pre_scale: Tensor | None, K: int) -> Tensor | 
     if act_pre_scale.numel() == 1 or (
         act_pre_scale.numel() == K and act_pre_scale.ndim and act_pre_scale.shape[-1] == K
     ):
-        return act_pre_scale.reshape(-1).contiguous()
+        return _dense(act_pre_scale.reshape(-1))
     raise ValueError(
         f"{who}: expected act_pre_scale with 1 value or K={K} along its last dimension, got "
         f"{describe(act_pre_scale)}; it multiplies x along K"

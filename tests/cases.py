@@ -58,7 +58,7 @@ class Case:
         elif self.zero == "integer":
             z = _shuffled(torch.arange(scale.numel()) % 16, generator).view_as(scale)
         else:
-            z = torch.linspace(-40, 40, scale.numel() + 1)[1:] + 0.123
+            z = 80 * (torch.arange(scale.numel()) + 1) / scale.numel() - 39.875
             z = _shuffled(z, generator).view_as(scale)
         if self.convention == "native":  # float zero in units of w; not rounded to the zero of z
             qdata = (qdata ^ 0x88).view(torch.int8)
@@ -92,8 +92,9 @@ def _distinct_scales(
     n_groups: int, N: int, dtype: torch.dtype, generator: torch.Generator
 ) -> Tensor:
     """[n_groups, N], 2**-9 to 2**-5, shuffled; distinct as far as the dtype has values for it."""
-    steps = torch.arange(n_groups * N) / (n_groups * N)
-    return _shuffled(torch.exp2(steps * 4 - 9).to(dtype), generator).view(n_groups, N)
+    steps = 4 * torch.arange(n_groups * N) / (n_groups * N)  # 4 octaves, each linear: exact floats
+    values = torch.ldexp(1 + steps % 1, steps.floor() - 9)
+    return _shuffled(values.to(dtype), generator).view(n_groups, N)
 
 
 def _shuffled(values: Tensor, generator: torch.Generator) -> Tensor:
