@@ -41,8 +41,9 @@ from executorch.extension.flat_tensor.serialize.serialize import (
     FlatTensorSerializer,
 )
 from torch.export import ExportedProgram
+from torch.fx import Node
 
-from .passes.graph import args_of, calls, constant_name, input_spec, is_constant
+from .passes.graph import args_of, calls, constant_name, is_constant
 
 RENAMED_NAMESPACE = "aten"
 _KEPT_PREFIX = "aten::sym_"
@@ -127,12 +128,14 @@ class _Role:
 
 def _roles(program: ExportedProgram) -> list[_Role]:
     """One entry per placeholder, in order: the emitter's first values are theirs."""
-    parts: dict[str, tuple[str, str]] = {}
+    parts: dict[str, tuple[str, str, str]] = {}
     for node in calls(program, torch.ops.cuda_int4.linear.default):
-        *_, tag, _ = args = args_of(node)
-        for part, operand in zip(_LINEAR_PARTS, args[1:6], strict=True):
+        _, *operands, _, tag, _ = args_of(node)
+        weight = weight_name(program, node)
+        for part, operand in zip(_LINEAR_PARTS, operands, strict=True):
             if operand is not None:
-                parts.setdefault(operand.name, (tag, part))
+                name = constant_name(program, operand) if part == "bias" else f"{weight}.{part}"
+                parts.setdefault(operand.name, (name, tag, part))
     roles = []
     for node in program.graph.nodes:
         if node.op != "placeholder":
@@ -140,12 +143,15 @@ def _roles(program: ExportedProgram) -> list[_Role]:
         if not is_constant(program, node):
             roles.append(_Role(node.name))
             continue
-        spec = input_spec(program, node)
-        assert spec is not None
-        tag, part = parts.get(node.name, (DENSE_TAG, "constant"))
-        name = spec.target or constant_name(program, node)
+        dense = (constant_name(program, node), DENSE_TAG, "constant")
+        name, tag, part = parts.get(node.name, dense)
         roles.append(_Role(node.name, name, tag, part, constant=True))
     return roles
+
+
+def weight_name(program: ExportedProgram, linear: Node) -> str:
+    """The name of an int4 linear's weight, ``"layers.0.wq.weight"``, from that of its qdata."""
+    return constant_name(program, args_of(linear)[1]).removesuffix(".qdata")
 
 
 def _extract_constants(
@@ -183,10 +189,6 @@ def _content_hash(dtype: int, sizes: tuple[int, ...], data: bytes) -> str:
 def _rename_ops(plan: ExecutionPlan) -> tuple[str, ...]:
     for operator in plan.operators:
         namespace, _, name = operator.name.partition("::")
-        if namespace == RENAMED_NAMESPACE and not operator.name.startswith(
-            _KEPT_PREFIX
-        ):
+        if namespace == RENAMED_NAMESPACE and not operator.name.startswith(_KEPT_PREFIX):
             operator.name = f"cuda_int4::{name}"
-    return tuple(
-        operator_name(operator.name, operator.overload) for operator in plan.operators
-    )
+    return tuple(operator_name(operator.name, operator.overload) for operator in plan.operators)

@@ -27,9 +27,9 @@ from .blob import (
     pack_blob,
 )
 from .layouts import check_tag
-from .nested_program import NestedProgram, emit_nested_program
+from .nested_program import NestedProgram, emit_nested_program, weight_name
 from .passes import run_passes
-from .passes.graph import args_of, calls, constant_name
+from .passes.graph import args_of, calls
 
 
 def encode_specs(**values: str) -> list[CompileSpec]:
@@ -112,18 +112,12 @@ def _linears(program: ExportedProgram) -> list[tuple[LinearRecord, dict[str, str
     found: dict[tuple, tuple[LinearRecord, dict[str, str]]] = {}
     for node in calls(program, torch.ops.cuda_int4.linear.default):
         x, *parts, group_size, tag, activation = args_of(node)
-        names = dict(
-            zip(("qdata", "scale", "zero_point", "meta", "bias"), parts, strict=True)
-        )
-        placeholders = {
-            label: part.name for label, part in names.items() if part is not None
-        }
-        weight = constant_name(program, parts[0]).removesuffix(".qdata")
+        names = dict(zip(("qdata", "scale", "zero_point", "meta", "bias"), parts, strict=True))
+        placeholders = {label: part.name for label, part in names.items() if part is not None}
+        weight = weight_name(program, node)
         check_tag(tag, who=weight)
         N, K = node.meta["val"].shape[-1], x.meta["val"].shape[-1]
-        record = LinearRecord(
-            weight, tag, activation, int(N), int(K), group_size, -1, -1
-        )
+        record = LinearRecord(weight, tag, activation, int(N), int(K), group_size, -1, -1)
         found.setdefault((*placeholders.items(), activation), (record, placeholders))
     return list(found.values())
 

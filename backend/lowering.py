@@ -1,0 +1,146 @@
+"""``export``: a model to a ``.pte`` in one call; ``save``: write what ExecuTorch made, sealed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from executorch.exir import ExecutorchProgramManager, to_edge_transform_and_lower
+from torch import nn
+
+from .partitioner import CudaInt4Partitioner
+from .progress import progress
+from .quantize import prepare_
+from .seal import seal_file
+
+_STEPS = 4
+
+
+def export(
+    model: nn.Module,
+    example_inputs: tuple[Any, ...],
+    path: str | os.PathLike[str],
+    *,
+    dynamic_shapes: Any = None,
+    layout: str = "auto",
+    activation: str = "none",
+    constant_methods: dict[str, Any] | None = None,
+    external_weights: bool = False,
+) -> Path:
+    """Write a model with int4 weights as a ``.pte``; returns its path.
+
+    The same as, with the standard calls::
+
+        prepare_(model)
+        program = torch.export.export(model.eval(), example_inputs, dynamic_shapes=dynamic_shapes)
+        partitioner = CudaInt4Partitioner(layout=layout, activation=activation)
+        edge = to_edge_transform_and_lower(program, partitioner=[partitioner])
+        save(edge.to_executorch(), path)
+
+    Args:
+        model: its linears carry int4 weights of any kind that ``prepare_`` reads; those that do not
+            export by themselves are replaced in place by ones that do. Exported in eval mode.
+        example_inputs: positional arguments of ``forward``.
+        path: where to write; must end in ``.pte``.
+        dynamic_shapes: as ``torch.export.export`` takes them.
+        layout: order of the int4 weights in memory: ``"auto"``, a layout's name, or a full tag.
+        activation: ``"none"`` (w4a16) or ``"int8"`` (w4a8).
+        constant_methods: values that the program returns by name, such as
+            ``{"get_max_seq_len": 2048}``.
+        external_weights: put all constants into ``<path without .pte>.ptd``.
+
+    Raises:
+        ValueError: an int4 weight that cannot be honoured (the message names it), a path or model
+            of another kind.
+        NotImplementedError: a weight of a kind that is not supported.
+    """
+    target = _checked_path(path)
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"export: expected an nn.Module, got {type(model).__name__}; lower an ExportedProgram "
+            "with to_edge_transform_and_lower(program, partitioner=[CudaInt4Partitioner()]), and "
+            "write it with cuda_int4.save"
+        )
+    partitioner = CudaInt4Partitioner(
+        layout=layout,
+        activation=activation,
+        external_weights=target.stem if external_weights else None,
+    )
+    was_training = model.training
+    with progress(f"export {target.name}", _STEPS) as advance, torch.no_grad():
+        prepare_(model)
+        model.eval()
+        try:
+            program = torch.export.export(model, example_inputs, dynamic_shapes=dynamic_shapes)
+        finally:
+            model.train(was_training)
+        advance(1)
+        edge = to_edge_transform_and_lower(
+            program, partitioner=[partitioner], constant_methods=constant_methods
+        )
+        advance(1)
+        manager = edge.to_executorch()
+        advance(1)
+        save(manager, target)
+        advance(1)
+    return target
+
+
+def save(manager: ExecutorchProgramManager, path: str | os.PathLike[str]) -> Path:
+    """Write a program, and its ``.ptd`` files beside it, each sealed; returns the path.
+
+    A reader sees the old files or the new ones, never half of one: all are written under another
+    name in the same folder, flushed, and renamed, the ``.pte`` last.
+
+    Args:
+        manager: what ``to_executorch()`` returned.
+        path: where to write; must end in ``.pte``.
+
+    Raises:
+        ValueError: ``path`` does not end in ``.pte``.
+        OSError: the folder cannot be written.
+    """
+    target = _checked_path(path)
+    folder = target.parent
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=folder))
+    try:
+        manager.write_tensor_data_to_file(str(work))
+        data_files = sorted(work.iterdir())
+        program = work / target.name
+        with open(program, "wb") as file:
+            manager.write_to_file(file)
+        for written in (*data_files, program):
+            seal_file(written)
+        for written in (*data_files, program):
+            os.replace(written, folder / written.name)
+        _flush_folder(folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return target
+
+
+def _checked_path(path: str | os.PathLike[str]) -> Path:
+    target = Path(path)
+    if target.suffix != ".pte":
+        raise ValueError(f"export: expected a path that ends in .pte, got {target}; name it so")
+    if not target.parent.is_dir():
+        raise ValueError(f"export: expected a folder {target.parent}, got none; make it first")
+    return target
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make the renames survive a power cut, where the system knows how."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)
