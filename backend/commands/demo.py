@@ -1,0 +1,190 @@
+"""``cuda-int4 demo``: the whole path on a small real model, in one command.
+
+Exports the byte Llama (export_examples/byte_llama, a Llama trained on the Python standard library)
+in w4a16 and in w4a8, decodes from each file with the C++ program, and compares both with the same
+int4 weights in plain PyTorch.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .. import _native
+
+FORMS = {"none": "w4a16", "int8": "w4a8"}
+
+
+def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``cuda-int4 demo``."""
+    parser.add_argument(
+        "--prompt", default="def read_config(path):\n", help="text to continue (default: a def)"
+    )
+    parser.add_argument(
+        "--max-new", type=int, default=256, help="bytes to generate (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--check",
+        metavar="TOKENS",
+        type=int,
+        default=2000,
+        help="teacher-forced tokens to compare with PyTorch (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--output", metavar="FOLDER", help="keep the .pte files here (default: a temporary folder)"
+    )
+
+
+def demo_command(args: argparse.Namespace) -> int:
+    """Run ``cuda-int4 demo``; 0, or 1 if a token differs by more than rounding explains."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(args.output or scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = [run_form(form, folder, args) for form in FORMS]
+    print_table(rows)
+    if args.output:
+        print(f"The files are in {folder}; try: cuda-int4 inspect {rows[0].path}")
+    return 0 if all(row.explained for row in rows) else 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What one form of the model did."""
+
+    form: str
+    path: str
+    file_bytes: int
+    bits_per_weight: float
+    decode_tokens_per_s: float
+    prefill_tokens_per_s: float
+    agreement: Any
+    explained: bool
+
+
+def run_form(activation: str, folder: Path, args: argparse.Namespace) -> Row:
+    """Export, decode in C++, compare."""
+    from cuda_int4 import inspect, load
+
+    form = FORMS[activation]
+    with example("byte_llama"):
+        byte_llama = importlib.import_module("export")
+    path = folder / f"byte_llama_{form}.pte"
+    print(f"{form}: exporting {path.name} ...", file=sys.stderr, flush=True)
+    model, _ = byte_llama.build(path, activation=activation)
+    weights = inspect(path)["weights"]
+    n_weights = sum(weight["N"] * weight["K"] for weight in weights)
+
+    prefill, decode = decode_in_cpp(path, args, show=activation == "none")
+    print(f"{form}: comparing {args.check} tokens with PyTorch ...", file=sys.stderr, flush=True)
+    text = (Path(byte_llama.__file__).with_name("train.py")).read_bytes()[: args.check - 1]
+    agreement = byte_llama.agreement(in_plain_torch(model), load(path, device="cpu").forward, text)
+    return Row(
+        form,
+        str(path),
+        path.stat().st_size,
+        8 * sum(weight["nbytes"] for weight in weights) / n_weights,
+        decode,
+        prefill,
+        agreement,
+        # w4a8 rounds activations, so its tokens may differ; the table says where.
+        activation == "int8" or agreement.widest_margin <= 2 * agreement.greatest_difference,
+    )
+
+
+def decode_in_cpp(path: Path, args: argparse.Namespace, show: bool) -> tuple[float, float]:
+    """Run cuda-int4-decode; returns prefill and decode tokens a second."""
+    program = _native.package_dir() / "bin" / "cuda-int4-decode"
+    command = [program, path, "--device", "cpu", "--prompt", args.prompt, "--json"]
+    command += ["--max-new", str(args.max_new)]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{program.name} failed with exit code {done.returncode}: {done.stderr}")
+    result = json.loads(done.stdout)
+    if show:
+        print(f"\n{args.prompt}{result['text']}\n", flush=True)
+    stats = result["stats"]
+    return stats["prefill_tokens_per_s"], stats["decode_tokens_per_s"]
+
+
+def in_plain_torch(model: Any) -> Any:
+    """The model with each int4 linear replaced by F.linear in float32 on its dequantised weight.
+
+    None of this project's kernels takes part, so that agreement says something about them.
+    """
+    import torch
+    from torch import nn
+
+    from ..tensors import CudaCoalescedInt4Tensor
+
+    class DenseLinear(nn.Module):
+        """y = x @ w.T + b in float32, rounded once to the dtype of x."""
+
+        def __init__(self, linear: nn.Linear) -> None:
+            super().__init__()
+            self.weight = linear.weight.dequantize()
+            self.bias = None if linear.bias is None else linear.bias.float()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            """Map x [..., K] to [..., N]."""
+            return nn.functional.linear(x.float(), self.weight, self.bias).to(x.dtype)
+
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear) and isinstance(child.weight, CudaCoalescedInt4Tensor):
+                setattr(module, name, DenseLinear(child))
+    return model
+
+
+def print_table(rows: list[Row]) -> None:
+    """The summary, side by side."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="The byte Llama (5.6 M weights) as int4, on this CPU")
+    table.add_column("")
+    for row in rows:
+        table.add_column(row.form, justify="right")
+
+    def line(label: str, cells: Iterator[str]) -> None:
+        table.add_row(label, *cells)
+
+    line("file", (f"{row.file_bytes / 1e6:.2f} MB" for row in rows))
+    line("bits per int4 weight", (f"{row.bits_per_weight:.2f}" for row in rows))
+    line("prefill", (f"{row.prefill_tokens_per_s:.0f} tokens/s" for row in rows))
+    line("decode", (f"{row.decode_tokens_per_s:.0f} tokens/s" for row in rows))
+    line("greatest difference of a logit", (f"{r.agreement.greatest_difference:.4f}" for r in rows))
+    line("greatest logit", (f"{row.agreement.greatest_logit:.2f}" for row in rows))
+    line("same token as PyTorch", (f"{r.agreement.n_equal} of {r.agreement.n_tokens}" for r in rows))
+    line("first other token", (str(r.agreement.first_difference or "none") for r in rows))
+    line("PyTorch's margin there, at most", (f"{r.agreement.widest_margin:.4f}" for r in rows))
+    Console().print(table)
+
+
+@contextmanager
+def example(name: str) -> Iterator[Path]:
+    """Make the scripts of an example importable; yields their folder.
+
+    Raises:
+        FileNotFoundError: this install has no such example.
+    """
+    places = [
+        _native.package_dir() / "examples" / name,
+        Path(__file__).resolve().parents[2] / "export_examples" / name,
+    ]
+    folder = next((place for place in places if place.is_dir()), None)
+    if folder is None:
+        raise FileNotFoundError(
+            f"expected the example {name!r} in {' or '.join(map(str, places))}; install again"
+        )
+    sys.path.insert(0, str(folder))
+    try:
+        yield folder
+    finally:
+        sys.path.remove(str(folder))
