@@ -63,19 +63,16 @@ def test_reset_forgets():
 def test_the_split_depends_on_paths_alone(tmp_path):
     root = corpus.standard_library()
     some = sorted(p.relative_to(root).as_posix() for p in root.glob("*.py"))
-    parts = {path: corpus.part_of(path) for path in some}
-    held_out = [path for path in some if parts[path] == "held_out"]
-    validation = [path for path in some if parts[path] == "validation"]
-    for path in [*held_out, *validation, "argparse.py", "badly.py", "nul.py"]:
+    held_out = [path for path in some if corpus.is_held_out(path)]
+    for path in [*held_out, "argparse.py", "badly.py", "nul.py"]:
         (tmp_path / path).write_text("x = 1\n" if path != "nul.py" else "\0")
-    assert list(corpus.documents(tmp_path, "held_out")) == held_out
-    assert list(corpus.documents(tmp_path, "validation")) == validation
-    assert list(corpus.documents(tmp_path, "train")) == ["argparse.py"]
+    assert list(corpus.documents(tmp_path, held_out=True)) == held_out
+    assert list(corpus.documents(tmp_path, held_out=False)) == ["argparse.py"]
 
 
 def test_no_sources_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="found none; pass a Python's Lib"):
-        corpus.documents(tmp_path, "held_out")
+        corpus.documents(tmp_path, held_out=True)
 
 
 def test_weights_are_small_bfloat16_and_complete():
@@ -87,7 +84,7 @@ def test_weights_are_small_bfloat16_and_complete():
 
 
 def test_held_out_source_is_predicted():
-    texts = corpus.documents(corpus.standard_library(), "held_out")
+    texts = corpus.documents(corpus.standard_library(), held_out=True)
     modules = {path: text for path, text in texts.items() if "test" not in path}
     data = as_tensor(corpus.stream(modules))
     bits = bits_per_byte(load(dtype=torch.bfloat16), data, 2048, batch=1, n_windows=6)

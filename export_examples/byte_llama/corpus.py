@@ -1,8 +1,7 @@
-"""The byte Llama's text: the Python standard library's source, in three parts.
+"""The byte Llama's text: the Python standard library's source, training and held-out files.
 
-``train``; ``validation``, by which training chooses; ``held_out``, on which results are reported.
-The SHA-256 of a file's path relative to the library decides, so the split is the same on every
-machine and does not depend on what else is installed. Left out altogether:
+A file is held out if the SHA-256 of its path relative to the library says so, so the split is the
+same on every machine and does not depend on what else is installed. Left out altogether:
 ``site-packages``, generated tables (character encodings, ``pydoc_data``), files that are broken on
 purpose (``bad*``) and files with a NUL byte, which marks the start of a document here.
 """
@@ -15,7 +14,7 @@ import sysconfig
 from pathlib import Path
 
 SEPARATOR = 0  # stands before each document: begin and end of text at once
-HELD_OUT_PER_MILLE, VALIDATION_PER_MILLE = 30, 20
+HELD_OUT_PER_MILLE = 30
 LEFT_OUT = re.compile(
     r"(^|/)(site-packages|__pycache__|pydoc_data|config-[^/]*)/"
     r"|^encodings/(cp|iso|mac_|koi8|big5|euc|gb|hz|johab|ptcp|kz|tis|hp_|shift|palmos)"
@@ -28,20 +27,17 @@ def standard_library() -> Path:
     return Path(sysconfig.get_path("stdlib"))
 
 
-def part_of(path: str) -> str:
-    """Name the part that the file at ``path`` (relative, with forward slashes) belongs to."""
-    ticket = int(hashlib.sha256(path.encode()).hexdigest(), 16) % 1000
-    if ticket < HELD_OUT_PER_MILLE:
-        return "held_out"
-    return "validation" if ticket < HELD_OUT_PER_MILLE + VALIDATION_PER_MILLE else "train"
+def is_held_out(path: str) -> bool:
+    """Say whether the file at ``path`` (relative, with forward slashes) is kept from training."""
+    return int(hashlib.sha256(path.encode()).hexdigest(), 16) % 1000 < HELD_OUT_PER_MILLE
 
 
-def documents(root: Path, part: str) -> dict[str, bytes]:
-    """Read one part of the library under ``root``: relative path -> bytes, ordered by path."""
+def documents(root: Path, *, held_out: bool) -> dict[str, bytes]:
+    """Read one side of the split under ``root``: relative path -> bytes, ordered by path."""
     found = {}
     for file in sorted(root.rglob("*.py")):
         path = file.relative_to(root).as_posix()
-        if LEFT_OUT.search(path) or part_of(path) != part:
+        if LEFT_OUT.search(path) or is_held_out(path) != held_out:
             continue
         text = file.read_bytes().replace(b"\r\n", b"\n")
         if text.strip() and SEPARATOR not in text:

@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--activations", nargs="+", default=["none", "int8"])
     args = parser.parse_args()
 
-    data = as_tensor(stream(documents(args.source, "held_out")))
+    data = as_tensor(stream(documents(args.source, held_out=True)))
 
     def measure(model: nn.Module) -> float:
         return bits_per_byte(model, data, CONTEXT, batch=1, n_windows=args.windows)
