@@ -43,8 +43,9 @@ def documents(root: Path, *, held_out: bool) -> dict[str, bytes]:
         if text.strip() and SEPARATOR not in text:
             found[path] = text
     if not found:
+        side = "held-out" if held_out else "training"
         raise ValueError(
-            f"corpus: expected Python sources under {root}, found none; pass a Python's Lib"
+            f"corpus: expected {side} Python sources under {root}, found none; pass a Python's Lib"
         )
     return found
 
