@@ -6,6 +6,7 @@
 #include "c_api_internal.h"
 #include "checksum.h"
 #include "errors.h"
+#include "op_table.h"
 #include "parallel.h"
 
 using namespace cuda_int4;
@@ -46,6 +47,13 @@ const char* cuda_int4_version(void) { return CUDA_INT4_VERSION; }
 const char* cuda_int4_last_error(void) { return last_error(); }
 int32_t cuda_int4_cuda_built(void) { return CUDA_INT4_WITH_CUDA; }
 int32_t cuda_int4_cuda_available(void) { return 0; }  // no CUDA device in this version
+
+const char* cuda_int4_supported_ops(const char* device) {
+  if (device == nullptr) return nullptr;
+  if (std::strcmp(device, "cpu") == 0) return supported_ops(DeviceKind::kCpu).c_str();
+  if (std::strcmp(device, "cuda") == 0) return supported_ops(DeviceKind::kCuda).c_str();
+  return nullptr;
+}
 
 uint32_t cuda_int4_checksum(const void* data, uint64_t nbytes) { return checksum(data, nbytes); }
 

@@ -21,6 +21,7 @@
 
 #include "../kernels/tensor_view.h"
 #include "visibility.h"
+#include "visibility.h"
 
 namespace cuda_int4 {
 

@@ -1,0 +1,62 @@
+// The model section of c_api.h on Model.
+#include "c_api_internal.h"
+
+using namespace cuda_int4;
+using executorch::runtime::Error;
+
+namespace {
+
+Error check_handle(const cuda_int4_model* model) {
+  return model != nullptr
+             ? Error::Ok
+             : fail(Error::InvalidArgument,
+                    "expected a model from cuda_int4_model_open, got nullptr (closed already?)");
+}
+
+}  // namespace
+
+int32_t cuda_int4_model_open(const char* path, const char* data_path, const char* device,
+                             int32_t verify, cuda_int4_model** out) {
+  return guarded([&]() -> Error {
+    if (out == nullptr) return fail(Error::InvalidArgument, "model_open: out is nullptr");
+    auto handle = std::make_unique<cuda_int4_model>();
+    const Error error = Model::open(path, data_path, device, verify != 0, &handle->model);
+    if (error != Error::Ok) return error;
+    for (const std::string& method : handle->model->methods()) handle->methods += method + "\n";
+    *out = handle.release();
+    return Error::Ok;
+  });
+}
+
+void cuda_int4_model_close(cuda_int4_model* model) { delete model; }
+
+int32_t cuda_int4_model_forward(cuda_int4_model* model, const char* method,
+                                const TensorView* inputs, uint64_t n_inputs,
+                                uint64_t* n_outputs) {
+  return guarded([&]() -> Error {
+    const Error error = check_handle(model);
+    if (error != Error::Ok) return error;
+    size_t n = 0;
+    const Error failed = model->model->forward(method, inputs, n_inputs, &n);
+    if (failed == Error::Ok && n_outputs != nullptr) *n_outputs = n;
+    return failed;
+  });
+}
+
+int32_t cuda_int4_model_output(cuda_int4_model* model, uint64_t index, TensorView* out) {
+  return guarded([&]() -> Error {
+    const Error error = check_handle(model);
+    return error != Error::Ok ? error : model->model->output(index, out);
+  });
+}
+
+const char* cuda_int4_model_methods(cuda_int4_model* model) {
+  return model == nullptr ? nullptr : model->methods.c_str();
+}
+
+int32_t cuda_int4_model_reset(cuda_int4_model* model) {
+  return guarded([&]() -> Error {
+    const Error error = check_handle(model);
+    return error != Error::Ok ? error : model->model->reset();
+  });
+}

@@ -1,0 +1,142 @@
+#include "constants.h"
+
+#include <executorch/runtime/core/tensor_layout.h>
+
+#include <cinttypes>
+
+#include "checksum.h"
+#include "errors.h"
+
+namespace cuda_int4 {
+
+using executorch::runtime::Error;
+using executorch::runtime::FreeableBuffer;
+using executorch::runtime::NamedDataMap;
+using executorch::runtime::Result;
+using executorch::runtime::Span;
+using executorch::runtime::TensorLayout;
+
+Constants::Constants(const std::vector<ConstantRecord>& records, Device& device)
+    : records_(records), device_(device) {
+  for (size_t i = 0; i < records_.size(); ++i) by_key_.emplace(records_[i].key, i);
+}
+
+Constants::~Constants() {
+  for (Placed& placed : placed_)
+    if (placed.uploaded) device_.free(placed.data);
+}
+
+Error Constants::place(const NamedDataMap* store, bool verify_checksums) {
+  placed_.reserve(records_.size());  // a Placed cannot be moved by assignment
+  for (size_t i = 0; i < records_.size(); ++i) {
+    const ConstantRecord& record = records_[i];
+    placed_.emplace_back();
+    Placed& placed = placed_.back();
+    const size_t first = find(record.key);
+    if (first < i) {  // two names of one constant, such as tied weights
+      const ConstantRecord& other = records_[first];
+      if (record.nbytes != other.nbytes || record.checksum != other.checksum)
+        return fail(Error::InvalidProgram,
+                    "constant %s: expected the size and checksum of %s, whose key it has, got "
+                    "others; the .pte is damaged, export it again",
+                    record.name.c_str(), other.name.c_str());
+      placed.data = placed_[first].data;
+      continue;
+    }
+    const Error error = place_one(record, store, verify_checksums, &placed);
+    if (error != Error::Ok) return error;
+  }
+  return Error::Ok;
+}
+
+Error Constants::place_one(const ConstantRecord& record, const NamedDataMap* store,
+                           bool verify_checksum, Placed* out) {
+  const char* name = record.name.c_str();
+  Result<FreeableBuffer> found =
+      store == nullptr ? Result<FreeableBuffer>(Error::NotFound) : store->get_data(record.key);
+  if (!found.ok())
+    return fail(Error::InvalidExternalData,
+                "constant %s: expected key %s in the .pte or its .ptd, found %s; give the .ptd that "
+                "was written together with this .pte, or export both again",
+                name, record.key.c_str(),
+                found.error() == Error::NotFound ? "no such key"
+                                                 : executorch::runtime::to_string(found.error()));
+  if (found->size() != record.nbytes)
+    return fail(Error::InvalidExternalData,
+                "constant %s: expected %" PRIu64
+                " bytes, found %zu; the file is damaged or the .ptd is of another export, export "
+                "it again",
+                name, record.nbytes, found->size());
+  const Result<const void*> bytes = found->data_safe();
+  if (!bytes.ok() || (bytes.get() == nullptr && record.nbytes > 0))
+    return fail(Error::InvalidExternalData, "constant %s: its data cannot be read", name);
+  if (verify_checksum) {
+    const uint32_t sum = checksum(bytes.get(), record.nbytes);
+    if (sum != record.checksum)
+      return fail(Error::InvalidExternalData,
+                  "constant %s: expected checksum %08" PRIx32 ", found %08" PRIx32
+                  "; the file is damaged, export it again",
+                  name, record.checksum, sum);
+  }
+  if (!device_.reads_host_memory()) {
+    out->data = device_.allocate(record.nbytes);
+    if (out->data == nullptr)
+      return fail(Error::MemoryAllocationFailed,
+                  "constant %s: device %s has no %" PRIu64 " bytes left; use a smaller model", name,
+                  device_.name(), record.nbytes);
+    out->uploaded = true;
+    return device_.upload(out->data, bytes.get(), record.nbytes);
+  }
+  if (reinterpret_cast<uintptr_t>(bytes.get()) % record.alignment != 0)
+    return fail(Error::InvalidExternalData,
+                "constant %s: expected an address that is a multiple of %" PRIu32
+                ", found one that is not; load the .pte from a file, or from aligned memory",
+                name, record.alignment);
+  out->data = const_cast<void*>(bytes.get());
+  out->source.~FreeableBuffer();
+  new (&out->source) FreeableBuffer(std::move(found.get()));
+  return Error::Ok;
+}
+
+size_t Constants::find(std::string_view key) const {
+  const auto found = by_key_.find(key);
+  return found == by_key_.end() ? records_.size() : found->second;
+}
+
+Result<const TensorLayout> Constants::get_tensor_layout(std::string_view key) const {
+  static const uint8_t kContiguous[kMaxDims] = {0, 1, 2, 3, 4, 5, 6, 7};
+  const size_t i = find(key);
+  if (i == records_.size()) {
+    fail(Error::NotFound,
+         "nested program: expected every constant to be listed in the header, found none with key "
+         "%.*s; the .pte is damaged, export it again",
+         int(key.size()), key.data());
+    return Error::NotFound;
+  }
+  const ConstantRecord& record = records_[i];
+  return TensorLayout::create({record.sizes.data(), record.sizes.size()},
+                              {kContiguous, record.sizes.size()},
+                              static_cast<executorch::aten::ScalarType>(record.dtype));
+}
+
+Result<FreeableBuffer> Constants::get_data(std::string_view key) const {
+  const size_t i = find(key);
+  if (i == records_.size()) return Error::NotFound;
+  return FreeableBuffer(placed_[i].data, records_[i].nbytes, /*free_fn=*/nullptr);
+}
+
+Error Constants::load_data_into(std::string_view key, void*, size_t) const {
+  return fail(Error::InvalidProgram,
+              "nested program: expected %.*s to be a constant, it is memory that the program "
+              "writes; the .pte is damaged, export it again",
+              int(key.size()), key.data());
+}
+
+Result<uint32_t> Constants::get_num_keys() const { return uint32_t(records_.size()); }
+
+Result<const char*> Constants::get_key(uint32_t index) const {
+  if (index >= records_.size()) return Error::InvalidArgument;
+  return records_[index].key.c_str();
+}
+
+}  // namespace cuda_int4

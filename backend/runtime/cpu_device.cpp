@@ -1,0 +1,51 @@
+// The CPU as a Device: host memory, kernels of op_table.h, no stream.
+#include <cstdlib>
+#include <cstring>
+
+#include "device.h"
+#include "op_table.h"
+
+namespace cuda_int4 {
+
+using executorch::runtime::Error;
+using executorch::runtime::OpFunction;
+
+namespace {
+
+class CpuDevice final : public Device {
+ public:
+  const char* name() const override { return "cpu"; }
+  DeviceKind kind() const override { return DeviceKind::kCpu; }
+
+  void* allocate(size_t nbytes) override {
+    if (nbytes > SIZE_MAX - kDeviceAlignment) return nullptr;
+    const size_t rounded = (nbytes + kDeviceAlignment) / kDeviceAlignment * kDeviceAlignment;
+    return std::aligned_alloc(kDeviceAlignment, rounded);
+  }
+  void free(void* pointer) override { std::free(pointer); }
+
+  Error upload(void* to, const void* host, size_t nbytes) override {
+    return copy(to, host, nbytes);
+  }
+  Error download(void* host, const void* from, size_t nbytes) override {
+    return copy(host, from, nbytes);
+  }
+  Error copy(void* to, const void* from, size_t nbytes) override {
+    if (nbytes > 0) std::memmove(to, from, nbytes);  // an output may be a view of an input
+    return Error::Ok;
+  }
+  Error zero(void* to, size_t nbytes) override {
+    if (nbytes > 0) std::memset(to, 0, nbytes);
+    return Error::Ok;
+  }
+
+  bool reads_host_memory() const override { return true; }
+  void* stream() const override { return nullptr; }
+  OpFunction find_kernel(std::string_view op) const override { return find_cpu_kernel(op); }
+};
+
+}  // namespace
+
+std::unique_ptr<Device> make_cpu_device() { return std::make_unique<CpuDevice>(); }
+
+}  // namespace cuda_int4

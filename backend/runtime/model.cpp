@@ -1,0 +1,174 @@
+#include "model.h"
+
+#include <executorch/extension/data_loader/buffer_data_loader.h>
+#include <executorch/extension/flat_tensor/flat_tensor_data_map.h>
+#include <executorch/runtime/executor/program.h>
+#include <executorch/runtime/platform/runtime.h>
+
+#include <chrono>
+#include <optional>
+
+#include "errors.h"
+#include "mapped_file.h"
+#include "model_method.h"
+#include "program_check.h"
+#include "seal.h"
+
+namespace cuda_int4 {
+
+using executorch::extension::BufferDataLoader;
+using executorch::extension::FlatTensorDataMap;
+using executorch::runtime::Error;
+using executorch::runtime::Program;
+
+struct Model::Impl {
+  // In the order of construction: what is below may point to what is above.
+  MappedFile pte, ptd;
+  std::optional<BufferDataLoader> pte_loader, ptd_loader;
+  std::optional<FlatTensorDataMap> data;
+  std::optional<Program> program;
+  ModelMethod::Source source;
+  std::vector<std::unique_ptr<ModelMethod>> methods;
+  std::vector<std::string> names;
+  ModelMethod* latest = nullptr;  // whose outputs output() shows
+  double load_seconds = 0;
+
+  ModelMethod* find(const char* name) const {
+    for (const auto& method : methods)
+      if (name != nullptr && method->name() == name) return method.get();
+    return nullptr;
+  }
+
+  Error open_files(const char* path, const char* data_path, bool verify);
+  Error open_methods();
+};
+
+Error Model::Impl::open_files(const char* path, const char* data_path, bool verify) {
+  FileBody pte_body, ptd_body;
+  Error error = pte.open(path);
+  if (error == Error::Ok) error = check_file(pte, FileKind::kPte, verify, &pte_body);
+  if (error != Error::Ok) return error;
+  bool all_verified = pte_body.verified;
+  if (data_path != nullptr) {
+    error = ptd.open(data_path);
+    if (error == Error::Ok) error = check_file(ptd, FileKind::kPtd, verify, &ptd_body);
+    if (error != Error::Ok) return error;
+    all_verified = all_verified && ptd_body.verified;
+    ptd_loader.emplace(ptd.data(), ptd_body.nbytes);
+    auto map = FlatTensorDataMap::load(&*ptd_loader);
+    if (!map.ok())
+      return fail(map.error(), "%s: expected a .ptd, got %s; it is damaged, export it again",
+                  data_path, executorch::runtime::to_string(map.error()));
+    data.emplace(std::move(map.get()));
+    source.data = &*data;
+  }
+  // A verified seal covers the constants: no second pass over them.
+  source.verify_constants = verify && !all_verified;
+
+  pte_loader.emplace(pte.data(), pte_body.nbytes);
+  auto loaded = Program::load(&*pte_loader, Program::Verification::InternalConsistency);
+  if (!loaded.ok())
+    return fail(loaded.error(),
+                "%s: expected an ExecuTorch program, got %s; the .pte is truncated or damaged, export "
+                "it again",
+                path, executorch::runtime::to_string(loaded.error()));
+  program.emplace(std::move(loaded.get()));
+  source.program = &*program;
+  return Error::Ok;
+}
+
+Error Model::Impl::open_methods() {
+  std::vector<MethodShape> shapes;
+  const Error error = check_program(pte.data(), pte.path().c_str(), &shapes);
+  if (error != Error::Ok) return error;
+  for (const MethodShape& shape : shapes) {
+    methods.emplace_back();
+    const Error failed = ModelMethod::load(source, shape, &methods.back());
+    if (failed != Error::Ok) return failed;
+    names.emplace_back(shape.name);
+  }
+  return Error::Ok;
+}
+
+Model::Model(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+Model::~Model() = default;
+
+Error Model::open(const char* path, const char* data_path, const char* device, bool verify,
+                  std::unique_ptr<Model>* out) {
+  const auto start = std::chrono::steady_clock::now();
+  executorch::runtime::runtime_init();
+  if (path == nullptr || out == nullptr)
+    return fail(Error::InvalidArgument, "Model::open: path and out must not be nullptr");
+  auto impl = std::make_unique<Impl>();
+  impl->source = {nullptr, nullptr, device == nullptr ? "auto" : device, verify};
+  Error error = impl->open_files(path, data_path, verify);
+  if (error == Error::Ok) error = impl->open_methods();
+  if (error != Error::Ok) return error;
+  impl->load_seconds =
+      std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  out->reset(new Model(std::move(impl)));
+  return Error::Ok;
+}
+
+const std::vector<std::string>& Model::methods() const { return impl_->names; }
+
+bool Model::has_method(const char* method) const { return impl_->find(method) != nullptr; }
+
+size_t Model::n_inputs(const char* method) const {
+  const ModelMethod* found = impl_->find(method);
+  return found == nullptr ? 0 : found->n_inputs();
+}
+
+size_t Model::n_outputs(const char* method) const {
+  const ModelMethod* found = impl_->find(method);
+  return found == nullptr ? 0 : found->n_outputs();
+}
+
+Error Model::input_info(const char* method, size_t index, TensorView* info) const {
+  if (index >= n_inputs(method))
+    return fail(Error::InvalidArgument, "input_info: no input %zu of method %s", index,
+                method == nullptr ? "nullptr" : method);
+  *info = impl_->find(method)->input_info(index);
+  return Error::Ok;
+}
+
+Error Model::output_info(const char* method, size_t index, TensorView* info) const {
+  if (index >= n_outputs(method))
+    return fail(Error::InvalidArgument, "output_info: no output %zu of method %s", index,
+                method == nullptr ? "nullptr" : method);
+  *info = impl_->find(method)->output_info(index);
+  return Error::Ok;
+}
+
+Error Model::forward(const char* method, const TensorView* inputs, size_t n_inputs,
+                     size_t* n_outputs) {
+  ModelMethod* found = impl_->find(method);
+  if (found == nullptr)
+    return fail(Error::InvalidArgument, "expected one of this model's methods, got \"%s\"",
+                method == nullptr ? "nullptr" : method);
+  impl_->latest = nullptr;
+  const Error error = found->forward(inputs, n_inputs);
+  if (error != Error::Ok) return error;
+  impl_->latest = found;
+  if (n_outputs != nullptr) *n_outputs = found->n_outputs();
+  return Error::Ok;
+}
+
+Error Model::output(size_t index, TensorView* out) const {
+  if (impl_->latest == nullptr)
+    return fail(Error::InvalidState, "output: expected a successful forward before it, got none");
+  return impl_->latest->output(index, out);
+}
+
+Error Model::reset() {
+  impl_->latest = nullptr;
+  for (const auto& method : impl_->methods) {
+    const Error error = method->reset();
+    if (error != Error::Ok) return error;
+  }
+  return Error::Ok;
+}
+
+double Model::load_seconds() const { return impl_->load_seconds; }
+
+}  // namespace cuda_int4

@@ -1,0 +1,142 @@
+#include "op_table.h"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "own_ops.h"
+
+namespace cuda_int4 {
+
+using executorch::runtime::Kernel;
+using executorch::runtime::OpFunction;
+using executorch::runtime::Span;
+
+namespace {
+
+// Generic ops, forwarded to ExecuTorch's optimised or portable kernels. Left out on purpose: random
+// numbers (no seed in the graph), outputs whose shape hangs on data (nonzero, masked_select,
+// repeat_interleave), backward ops, and distances and transforms that no decoder or encoder has.
+constexpr const char* kAtenOps[] = {
+    // elementwise, one operand
+    "_conj_physical.out", "abs.out", "acos.out", "acosh.out", "asin.out", "asinh.out", "atan.out",
+    "atanh.out", "bitwise_not.out", "ceil.out", "clamp.out", "cos.out", "cosh.out", "elu.out",
+    "erf.out", "exp.out", "expm1.out", "floor.out", "gelu.out", "glu.out", "hardtanh.out",
+    "isinf.out", "isnan.out", "leaky_relu.out", "log.out", "log10.out", "log1p.out", "log2.out",
+    "logical_not.out", "logit.out", "neg.out", "reciprocal.out", "relu.out", "round.out",
+    "rsqrt.out", "sigmoid.out", "sign.out", "sin.out", "sinh.out", "sqrt.out", "tan.out",
+    "tanh.out", "trunc.out",
+    // elementwise, two operands
+    "add.Scalar_out", "add.out", "atan2.out", "bitwise_and.Scalar_out", "bitwise_and.Tensor_out",
+    "bitwise_left_shift.Tensor_Scalar_out", "bitwise_left_shift.Tensor_out",
+    "bitwise_or.Scalar_out", "bitwise_or.Tensor_out", "bitwise_right_shift.Tensor_Scalar_out",
+    "bitwise_right_shift.Tensor_out", "bitwise_xor.Scalar_out", "bitwise_xor.Tensor_out",
+    "clamp.Tensor_out", "div.Scalar_mode_out", "div.Scalar_out", "div.out", "div.out_mode",
+    "floor_divide.out", "fmod.Scalar_out", "fmod.Tensor_out", "logical_and.out", "logical_or.out",
+    "logical_xor.out", "maximum.out", "minimum.out", "mul.Scalar_out", "mul.out", "pow.Scalar_out",
+    "pow.Tensor_Scalar_out", "pow.Tensor_Tensor_out", "remainder.Scalar_out",
+    "remainder.Tensor_out", "rsub.Scalar_out", "sub.Scalar_out", "sub.out",
+    // comparisons and choice
+    "eq.Scalar_out", "eq.Tensor_out", "ge.Scalar_out", "ge.Tensor_out", "gt.Scalar_out",
+    "gt.Tensor_out", "le.Scalar_out", "le.Tensor_out", "lt.Scalar_out", "lt.Tensor_out",
+    "masked_fill.Scalar_out", "ne.Scalar_out", "ne.Tensor_out", "where.self_out",
+    // reductions and order
+    "amax.out", "amin.out", "any.all_out", "any.dims_out", "any.out", "argmax.out", "argmin.out",
+    "cumsum.out", "max.dim_max", "max.unary_out", "mean.dtype_out", "mean.out", "min.dim_min",
+    "min.unary_out", "prod.int_out", "prod.out", "sum.IntList_out", "topk.values",
+    "var.correction_out", "var.out", "var_mean.correction_out", "_log_softmax.out", "_softmax.out",
+    // products, norms, convolutions, pooling
+    "_adaptive_avg_pool2d.out", "_native_batch_norm_legit_no_training.out", "addmm.out",
+    "avg_pool2d.out", "bmm.out", "convolution.out", "linear.out", "max_pool2d_with_indices.out",
+    "mm.out", "native_group_norm.out", "native_layer_norm.out",
+    // reading and writing by index
+    "embedding.out", "gather.out", "index.Tensor_out", "index_put.out", "index_put_",
+    "index_select.out", "scatter.src_out", "scatter.value_out", "scatter_add.out",
+    "select_scatter.out", "slice_scatter.out", "_local_scalar_dense",
+    // shape and copies
+    "_to_copy.out", "alias_copy.out", "as_strided_copy.out", "cat.out", "clone.out",
+    "constant_pad_nd.out", "copy.out", "copy_", "detach_copy.out", "diagonal_copy.out",
+    "expand_copy.out", "flip.out", "lift_fresh_copy.out", "narrow_copy.out", "permute_copy.out",
+    "pixel_shuffle.out", "pixel_unshuffle.out", "reflection_pad1d.out", "reflection_pad2d.out",
+    "repeat.out", "replication_pad1d.out", "replication_pad2d.out", "roll.out",
+    "select_copy.int_out", "slice_copy.Tensor_out", "split_copy.Tensor_out",
+    "split_with_sizes_copy.out", "squeeze_copy.dim_out", "squeeze_copy.dims_out", "stack.out",
+    "t_copy.out", "transpose_copy.int_out", "tril.out", "unbind_copy.int_out", "unfold_copy.out",
+    "unsqueeze_copy.out", "upsample_bilinear2d.vec_out", "upsample_nearest2d.vec_out",
+    "view_copy.out",
+    // making tensors
+    "arange.out", "arange.start_out", "empty.out", "fill.Scalar_out", "fill.Tensor_out", "full.out",
+    "full_like.out", "ones.out", "scalar_tensor.out", "zeros.out",
+};
+
+constexpr const char* kDimOrderOps[] = {
+    "_clone_dim_order.out", "_empty_dim_order.out", "_to_dim_order_copy.out",
+};
+
+struct Forwarded {
+  const char* graph_namespace;  // renamed to cuda_int4:: in a nested program
+  Span<const char* const> ops;
+};
+
+const Forwarded kForwarded[] = {
+    {"aten::", {kAtenOps, std::size(kAtenOps)}},
+    {"dim_order_ops::", {kDimOrderOps, std::size(kDimOrderOps)}},
+};
+
+// Names that stay as they are in a nested program, and all of whose ops are taken: they touch
+// shapes and numbers, and (et_view, et_copy_index) pointers.
+constexpr std::string_view kKeptNames[] = {"aten::sym_", "executorch_prim::"};
+
+bool is_kept(std::string_view name) {
+  for (const std::string_view prefix : kKeptNames)
+    if (name.substr(0, prefix.size()) == prefix) return true;
+  return false;
+}
+
+/// ExecuTorch's own kernel for all dtypes, looked for quietly: the library's lookup logs what it
+/// does not find.
+OpFunction find_registered(std::string_view name) {
+  for (const Kernel& kernel : executorch::runtime::get_registered_kernels())
+    if (kernel.kernel_key_.is_fallback() && name == kernel.name_) return kernel.op_;
+  return nullptr;
+}
+
+constexpr std::string_view kOurs = "cuda_int4::";
+
+}  // namespace
+
+OpFunction find_cpu_kernel(std::string_view nested_name) {
+  if (is_kept(nested_name)) return find_registered(nested_name);
+  if (nested_name.substr(0, kOurs.size()) != kOurs) return nullptr;
+  const std::string_view op = nested_name.substr(kOurs.size());
+  for (const OwnOp& own : own_ops())
+    if (op == own.name) return own.cpu_kernel;
+  for (const Forwarded& forwarded : kForwarded)
+    for (const char* name : forwarded.ops)
+      if (op == name) return find_registered(std::string(forwarded.graph_namespace) + name);
+  return nullptr;
+}
+
+const std::string& supported_ops(DeviceKind device) {
+  static const std::string none;
+  if (device != DeviceKind::kCpu) return none;
+  static const std::string cpu = [] {
+    std::vector<std::string> names;
+    for (const OwnOp& own : own_ops()) names.push_back(std::string(kOurs) + own.name);
+    for (const Forwarded& forwarded : kForwarded)
+      for (const char* op : forwarded.ops) {
+        std::string name = std::string(forwarded.graph_namespace) + op;
+        if (find_registered(name) != nullptr) names.push_back(std::move(name));
+      }
+    for (const Kernel& kernel : executorch::runtime::get_registered_kernels())
+      if (is_kept(kernel.name_)) names.emplace_back(kernel.name_);
+    std::sort(names.begin(), names.end());
+    names.erase(std::unique(names.begin(), names.end()), names.end());
+    std::string text;
+    for (const std::string& name : names) text += name + "\n";
+    return text;
+  }();
+  return cpu;
+}
+
+}  // namespace cuda_int4

@@ -1,0 +1,46 @@
+#include "tensor_bridge.h"
+
+#include "../kernels/checks.h"
+
+namespace cuda_int4 {
+
+bool view_of(const executorch::aten::Tensor& tensor, TensorView* out) {
+  *out = TensorView{};
+  out->dtype = static_cast<DType>(tensor.scalar_type());
+  if (tensor.dim() > kMaxDims || dtype_bytes(out->dtype) == 0) return false;
+  out->data = const_cast<void*>(tensor.const_data_ptr());
+  out->nbytes = tensor.nbytes();
+  out->ndim = int32_t(tensor.dim());
+  for (int i = 0; i < out->ndim; ++i) {
+    out->sizes[i] = tensor.sizes()[size_t(i)];
+    out->strides[i] = tensor.strides()[size_t(i)];
+  }
+  return true;
+}
+
+TensorView absent_view() {
+  TensorView view{};
+  view.ndim = -1;
+  return view;
+}
+
+void make_contiguous(TensorView* view) {
+  int64_t stride = 1;
+  for (int i = view->ndim - 1; i >= 0; --i) {
+    view->strides[i] = stride;
+    stride *= view->sizes[i];
+  }
+  view->nbytes = uint64_t(stride) * uint64_t(dtype_bytes(view->dtype));
+}
+
+bool is_contiguous(const TensorView& view) {
+  int64_t stride = 1;
+  for (int i = view.ndim - 1; i >= 0; --i) {
+    if (view.sizes[i] == 0) return true;
+    if (view.sizes[i] != 1 && view.strides[i] != stride) return false;
+    stride *= view.sizes[i];
+  }
+  return true;
+}
+
+}  // namespace cuda_int4
