@@ -253,7 +253,7 @@ def _(func, types, args, kwargs):  # type: ignore[no-untyped-def]
 
 @implements(aten._to_copy.default)
 def _(func, types, args, kwargs):  # type: ignore[no-untyped-def]
-    weight: CudaCoalescedInt4Tensor = args[0]
+    weight = args[0]
     device, non_blocking = kwargs.get("device"), kwargs.get("non_blocking", False)
     parts = weight._apply_fn_to_data(
         lambda part: part.to(device=device, non_blocking=non_blocking, copy=True)
@@ -287,7 +287,9 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
     x = input
     if weight.act_pre_scale is not None:
-        x = (x * weight.act_pre_scale).to(x.dtype)
+        x = x * weight.act_pre_scale
+        if x.dtype != input.dtype:  # a float32 act_pre_scale does not widen the result
+            x = x.to(input.dtype)
     return torch.ops.cuda_int4.linear(
         x,
         weight.qdata,

@@ -1,17 +1,17 @@
 """Reading int4 weights: every format against its own definition in float64, and what is refused."""
 
-import cases
 import numpy as np
 import pytest
 import torch
 from executorch.extension.llm.export.gguf import ExportableGGUFTensor
 from executorch.extension.llm.export.int4 import ExportableInt4Tensor
 from expecttest import assert_expected_inline
-from messages import folded, message
 from torchao.quantization import Int4Tensor, IntxUnpackedToInt8Tensor
 
+import cases
 from cuda_int4 import int4
 from cuda_int4.packing import pack_nibbles, unpack_nibbles
+from messages import folded, message
 
 
 def tensor(qdata, scale, zero, group_size=None, **optional) -> Int4Tensor:

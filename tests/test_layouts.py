@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 from expecttest import assert_expected_inline
-from messages import folded, message
 
 from cuda_int4 import layouts
+from messages import folded, message
 
 
 def test_a_tag_parses_into_name_and_version_and_prints_as_it_was():

@@ -1,19 +1,19 @@
 """quantize_ and prepare_: errors of both methods, which layers change, ties, and refusals."""
 
-import cases
 import pytest
 import torch
 from executorch.extension.llm.export.gguf import ExportableGGUFTensor
 from executorch.extension.llm.export.int4 import ExportableInt4Tensor
 from expecttest import assert_expected_inline
-from messages import folded, message
 from torch import nn
 from torchao.quantization import Int4Tensor, IntxUnpackedToInt8Tensor, IntxWeightOnlyConfig
 from torchao.quantization import quantize_ as torchao_quantize_
 from torchao.quantization.granularity import PerGroup
 
+import cases
 from cuda_int4.quantize import Int4Config, prepare_, quantize_, quantize_weight
 from cuda_int4.tensors import CudaCoalescedInt4Tensor
+from messages import folded, message
 
 
 def heavy_tailed(N=64, K=512, dtype=torch.float32) -> torch.Tensor:

@@ -4,19 +4,19 @@ import copy
 import hashlib
 import io
 
-import cases
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
-from messages import folded, message
 from torch import nn
 
+import cases
 from cuda_int4 import layouts
 from cuda_int4.int4 import from_executorch
 from cuda_int4.packing import pack_nibbles, unpack_nibbles
 from cuda_int4.tensors import CudaCoalescedInt4Tensor
+from messages import folded, message
 
 RAGGED = cases.Case(7, 13, 288, 32, "native", "fractional")
 LAYOUT = layouts.LAYOUTS[layouts.COALESCED]
@@ -83,7 +83,9 @@ def test_packed_bytes_are_what_they_were():
         weight = CudaCoalescedInt4Tensor.from_int4(case.source(seed=0))
         for name in weight.__tensor_flatten__()[0]:
             digest.update(getattr(weight, name).view(torch.uint8).numpy().tobytes())
-    assert_expected_inline(digest.hexdigest(), """772bb879db85ba72b821d8672f43779257b63dba8cc23d6270430fda4e78d4a8""")
+    assert_expected_inline(
+        digest.hexdigest(), """772bb879db85ba72b821d8672f43779257b63dba8cc23d6270430fda4e78d4a8"""
+    )
 
 
 # ---- meaning ----
@@ -157,6 +159,7 @@ class Tied(nn.Module):
         self.inner.weight = nn.Parameter(weight, requires_grad=False)
 
     def forward(self, tokens):
+        """Logits of tokens."""
         return self.head(self.inner(self.embedding(tokens)))
 
 
