@@ -163,8 +163,8 @@ def _verify(path: str, constant: ConstantRecord, views: dict[str, memoryview]) -
     if len(view) != constant.nbytes or checksum(view) != constant.checksum:
         raise ValueError(
             f"{path}: {constant.name}: expected {constant.nbytes} bytes with checksum "
-            f"{constant.checksum:08x}, got {len(view)} bytes with {checksum(view):08x}; the file is "
-            "damaged, export it again"
+            f"{constant.checksum:08x}, got {len(view)} bytes with {checksum(view):08x}; the file "
+            "is damaged, export it again"
         )
 
 

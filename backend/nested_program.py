@@ -8,7 +8,7 @@ ExecuTorch emits the program as it would emit a whole ``.pte``; the result is th
 - constants leave the program: each constant tensor becomes external, under a key that is a hash of
   its contents and carries its layout tag.
 
-Inputs, outputs and mutable buffers are not memory-planned: the delegate owns them or is handed them.
+Inputs, outputs and mutable buffers are not memory-planned: the delegate owns them, or gets them.
 
 Private APIs of executorch 1.5.1 are used here and in partitioner.py, and nowhere else:
 ``ExecutorchProgramManager._emitter_output``, ``serialize_for_executorch``, ``exir.schema``.
@@ -17,6 +17,7 @@ Private APIs of executorch 1.5.1 are used here and in partitioner.py, and nowher
 from __future__ import annotations
 
 import hashlib
+import re
 import warnings
 from dataclasses import dataclass
 
@@ -151,7 +152,7 @@ def _roles(program: ExportedProgram) -> list[_Role]:
 
 def weight_name(program: ExportedProgram, linear: Node) -> str:
     """The name of an int4 linear's weight, ``"layers.0.wq.weight"``, from that of its qdata."""
-    return constant_name(program, args_of(linear)[1]).removesuffix(".qdata")
+    return re.sub(r"\.qdata(_\d+)?$", "", constant_name(program, args_of(linear)[1]))
 
 
 def _extract_constants(

@@ -39,7 +39,6 @@ from .passes import resolve_attention, resolve_dim_order, resolve_rms_norm, reso
 from .passes.graph import calls, edge_op, input_spec, is_constant, op_of
 from .passes.int4_linear import (
     is_dequantize,
-    is_int4_op,
     match_int4_linear,
     refusal,
     refusal_of_op,
@@ -152,16 +151,12 @@ class CudaInt4Partitioner(Partitioner):
         self.report = _report(exported_program, support)
         self._log()
         self.delegation_spec = DelegationSpec(CudaInt4Backend.__name__, self._specs())
-        return PartitionResult(
-            exported_program, dict.fromkeys(tags, self.delegation_spec)
-        )
+        return PartitionResult(exported_program, dict.fromkeys(tags, self.delegation_spec))
 
     def _log(self) -> None:
         counts: dict[tuple[str, str], int] = {}
         for entry in self.report:
-            counts[entry["op"], entry["reason"]] = (
-                counts.get((entry["op"], entry["reason"]), 0) + 1
-            )
+            counts[entry["op"], entry["reason"]] = counts.get((entry["op"], entry["reason"]), 0) + 1
         for (op, reason), count in counts.items():
             logger.warning("%d x %s outside the delegate: %s", count, op, reason)
 
@@ -193,9 +188,7 @@ class _Support(OperatorSupportBase):
             return None
         if op in _PYTHON_SYM_OPS_TO_EXECUTORCH_SYM_OPS:
             prim = _PYTHON_SYM_OPS_TO_EXECUTORCH_SYM_OPS[op]
-            return self._lookup(
-                operator_name(prim._schema.name, prim._schema.overload_name)
-            )
+            return self._lookup(operator_name(prim._schema.name, prim._schema.overload_name))
         if not isinstance(op, torch._ops.OpOverload):
             return f"{op} is control flow, which a delegate cannot hold"
         if is_dequantize(node):
@@ -207,11 +200,7 @@ class _Support(OperatorSupportBase):
         if op in _COMPOSITE:
             refuse, ours = _COMPOSITE[op]
             reason = refuse(node)
-            return (
-                self._lookup(ours)
-                if reason is None
-                else self._generic(op, node, reason)
-            )
+            return self._lookup(ours) if reason is None else self._generic(op, node, reason)
         return self._generic(op, node)
 
     def _generic(
@@ -259,7 +248,7 @@ def _refuse_int4_that_cannot_be_honoured(program: ExportedProgram) -> None:
     for node in program.graph.nodes:
         if node.op != "call_function":
             continue
-        reason = refusal_of_op(node) if is_int4_op(node) else None
+        reason = refusal_of_op(program, node)
         match = match_int4_linear(program, node) if reason is None else None
         if match is not None:
             reason = refusal(program, match)
@@ -289,8 +278,7 @@ def _propose(program: ExportedProgram, support: _Support) -> list[list[Node]]:
         leaking = [
             node
             for node, index in owner.items()
-            if not _is_tensor_valued(node)
-            and any(owner.get(u) != index for u in node.users)
+            if not _is_tensor_valued(node) and any(owner.get(u) != index for u in node.users)
         ]
         if not leaking:
             return [nodes for nodes in groups if any(map(_is_tensor_valued, nodes))]
@@ -340,11 +328,7 @@ def _tag_mutated_buffers(program: ExportedProgram) -> dict[Node, str]:
     reasons = {}
     for node in program.graph.nodes:
         spec = input_spec(program, node)
-        if (
-            spec is None
-            or spec.kind is not InputKind.BUFFER
-            or spec.target not in writers
-        ):
+        if spec is None or spec.kind is not InputKind.BUFFER or spec.target not in writers:
             continue
         tags = {user.meta.get("delegation_tag") for user in node.users}
         tags.add(by_name[writers[spec.target]].meta.get("delegation_tag"))
@@ -352,9 +336,7 @@ def _tag_mutated_buffers(program: ExportedProgram) -> dict[Node, str]:
         if tag is not None and not others:
             node.meta["delegation_tag"] = tag
         else:
-            reasons[node] = (
-                "a mutated buffer that more than one partition, or the outside, uses"
-            )
+            reasons[node] = "a mutated buffer that more than one partition, or the outside, uses"
     return reasons
 
 
@@ -374,9 +356,7 @@ def _report(program: ExportedProgram, support: _Support) -> list[dict[str, str]]
                 yield {
                     "node": node.name,
                     "op": str(op) if known else getattr(op, "__name__", str(op)),
-                    "reason": support.reasons.get(
-                        node, "nothing in the delegate reads it"
-                    ),
+                    "reason": support.reasons.get(node, "nothing in the delegate reads it"),
                 }
 
     return list(entries())

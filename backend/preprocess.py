@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import final
+from dataclasses import replace
+from typing import Any, final
 
 import torch
 from executorch.exir._serialize._named_data_store import NamedDataStore
@@ -97,13 +98,13 @@ class CudaInt4Backend(BackendDetails):
 
 
 def _refuse_initialized_state(program: ExportedProgram) -> None:
-    """ExecuTorch drops the initial value of a mutated buffer: it must be the zeros we start with."""
+    """ExecuTorch drops the initial value of a mutated buffer: it must be the zeros that we use."""
     for name in program.graph_signature.buffers_to_mutate.values():
         value = program.state_dict.get(name, program.constants.get(name))
         if value is not None and bool(torch.any(value != 0)):
             raise ValueError(
-                f"{name}: expected a mutated buffer that starts as zeros, got other values, which a "
-                ".pte does not carry; zero it before export, or write it in the graph"
+                f"{name}: expected a mutated buffer that starts as zeros, got other values, which "
+                "a .pte does not carry; zero it before export, or write it in the graph"
             )
 
 
@@ -128,12 +129,8 @@ def _blob(
     index_of = {constant.node: index for index, constant in enumerate(nested.constants)}
     records = []
     for record, placeholders in linears:
-        parts = {label: index_of[node] for label, node in placeholders.items()}
-        fields = {
-            name: getattr(record, name)
-            for name in ("name", "layout_tag", "activation", "N", "K", "group_size")
-        }
-        records.append(LinearRecord(**fields, **parts))
+        parts: dict[str, Any] = {label: index_of[node] for label, node in placeholders.items()}
+        records.append(replace(record, **parts))
     return DelegateBlob(
         constants=tuple(
             ConstantRecord(
@@ -170,8 +167,8 @@ def _check_ops(ops: Sequence[str]) -> None:
     missing = sorted(op for op in ops if _table_name(op, known) is None)
     if missing:
         raise NotImplementedError(
-            f"CudaInt4Backend: expected ops of the runtime's table, got {', '.join(missing)} from the "
-            "emitter; the partitioner should have left them outside, please report the model"
+            f"CudaInt4Backend: expected ops of the runtime's table, got {', '.join(missing)} from "
+            "the emitter; the partitioner should have left them outside, please report the model"
         )
 
 

@@ -54,9 +54,7 @@ def ordered_passes(layout: str, activation: str) -> list[ExportedProgramPassBase
     ]
 
 
-def run_passes(
-    program: ExportedProgram, layout: str, activation: str
-) -> ExportedProgram:
+def run_passes(program: ExportedProgram, layout: str, activation: str) -> ExportedProgram:
     """Run all passes on ``program``, in place; returns it."""
     for a_pass in ordered_passes(layout, activation):
         program = a_pass(program).exported_program

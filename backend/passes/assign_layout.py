@@ -9,9 +9,7 @@ from torch.export import ExportedProgram
 from ..layouts import choose_layout
 from .graph import args_of, calls
 
-STORED_TAG = (
-    "stored_layout_tag"  # node.meta: the tag that the constants' bytes still have
-)
+STORED_TAG = "stored_layout_tag"  # node.meta: the tag that the constants' bytes still have
 
 
 class AssignLayoutPass(ExportedProgramPassBase):
@@ -40,9 +38,7 @@ class AssignLayoutPass(ExportedProgramPassBase):
             *operands, group_size, tag, activation = args_of(node)
             N, K = node.meta["val"].shape[-1], operands[0].meta["val"].shape[-1]
             new_tag = choose_layout(self.layout, N, K, group_size)
-            new_activation = (
-                activation if self.activation == "none" else self.activation
-            )
+            new_activation = activation if self.activation == "none" else self.activation
             if (new_tag, new_activation) == (tag, activation):
                 continue
             node.meta.setdefault(STORED_TAG, tag)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import torch
 from executorch.exir.pass_base import ExportedProgramPassBase, ExportedProgramPassResult
 from torch.export import ExportedProgram
 from torch.fx import Node
 
+from ..int4 import from_executorch, from_gguf_blocks
 from .graph import (
     add_constant,
     args_of,
     constant_name,
     constant_tensor,
     is_constant,
-    op_of,
+    op_name,
     remove_unused_constants,
     replace,
     rewriting,
@@ -42,18 +44,22 @@ class FoldDequantizePass(ExportedProgramPassBase):
                 parts = list(node.all_input_nodes)
                 if not all(is_constant(exported_program, part) for part in parts):
                     continue
-                values = [
-                    constant_tensor(exported_program, arg).detach()
-                    if arg in parts
-                    else arg
-                    for arg in args_of(node)
-                ]
-                dense = op_of(node)(*values)  # type: ignore[operator]
-                name = f"{constant_name(exported_program, parts[0])}.dense"
-                replace(node, add_constant(exported_program, name, dense))
+                name = constant_name(exported_program, parts[0])
+                dense = _dense(exported_program, node, parts, who=name)
+                replace(node, add_constant(exported_program, f"{name}.dense", dense))
                 old_parts.update(parts)
                 modified = True
         if modified:
             remove_unused_constants(exported_program, old_parts)
             exported_program.graph_module.recompile()
         return ExportedProgramPassResult(exported_program, modified)
+
+
+def _dense(program: ExportedProgram, node: Node, parts: list[Node], *, who: str) -> torch.Tensor:
+    tensors = [constant_tensor(program, part).detach() for part in parts]
+    if op_name(node) == "torchao::dequantize_gguf":  # its own body needs the gguf package
+        canonical = from_gguf_blocks(tensors[0], args_of(node)[1], who=who)
+    else:
+        qdata, scale, zero_point = tensors
+        canonical = from_executorch(qdata, scale, zero_point, args_of(node)[3], who=who)
+    return canonical.dequantize().to(node.meta["val"].dtype)

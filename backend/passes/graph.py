@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from executorch.exir.dialects._ops import ops as edge_ops
@@ -91,21 +92,13 @@ def add_constant(program: ExportedProgram, name: str, data: torch.Tensor) -> Nod
     index = sum(spec.kind is InputKind.PARAMETER for spec in specs)
     # Parameters come first in a signature, in the order of the placeholders.
     behind = [node for node in program.graph.nodes if node.op == "placeholder"][index:]
-    where = (
-        behind[0]
-        if behind
-        else next(n for n in program.graph.nodes if n.op != "placeholder")
-    )
+    where = behind[0] if behind else next(n for n in program.graph.nodes if n.op != "placeholder")
     with program.graph.inserting_before(where):
-        node = program.graph.create_node(
-            "placeholder", "p_" + re.sub(r"\W", "_", target)
-        )
+        node = program.graph.create_node("placeholder", "p_" + re.sub(r"\W", "_", target))
     node.target = node.name
     node.meta["val"] = fake_mode_of(program).from_tensor(data, static_shapes=True)
     program.state_dict[target] = torch.nn.Parameter(data, requires_grad=False)
-    specs.insert(
-        index, InputSpec(InputKind.PARAMETER, TensorArgument(node.name), target)
-    )
+    specs.insert(index, InputSpec(InputKind.PARAMETER, TensorArgument(node.name), target))
     return node
 
 
@@ -165,9 +158,7 @@ def call_like(
         node = program.graph.call_function(edge_op(op), args, kwargs)  # type: ignore[arg-type]
     values = torch.fx.node.map_arg(args, lambda n: n.meta["val"])
     with fake_mode_of(program):
-        node.meta = {
-            k: v for k, v in old.meta.items() if k not in ("val", "tensor_meta", "spec")
-        }
+        node.meta = {k: v for k, v in old.meta.items() if k not in ("val", "tensor_meta", "spec")}
         node.meta["val"] = op(*values, **kwargs)
     return node
 
@@ -178,24 +169,18 @@ def replace(old: Node, new: Node) -> None:
     old.graph.erase_node(old)
 
 
-def args_of(node: Node, *defaults: object) -> tuple:
-    """A node's arguments by the op's schema, keyword ones in their place; ``defaults`` fill up.
-
-    Args:
-        node: a call of a ``torch.ops`` overload.
-        defaults: values of the last arguments where the schema gives none; rarely needed.
-    """
+def args_of(node: Node) -> tuple[Any, ...]:
+    """A node's arguments in the order of the op's schema: keyword ones and defaults in their place."""
     op = op_of(node)
-    values: list[object] = []
-    for index, argument in enumerate(op._schema.arguments):  # type: ignore[union-attr]
+    assert isinstance(op, torch._ops.OpOverload), f"{node} calls no torch.ops overload"
+    values = []
+    for index, argument in enumerate(op._schema.arguments):
         if index < len(node.args):
             values.append(node.args[index])
         elif argument.name in node.kwargs:
             values.append(node.kwargs[argument.name])
-        elif argument.has_default_value():
-            values.append(argument.default_value)
         else:
-            values.append(defaults[index - len(op._schema.arguments)])  # type: ignore[union-attr]
+            values.append(argument.default_value)
     return tuple(values)
 
 

@@ -68,15 +68,7 @@ class Int4Match:
 def is_dequantize(node: object) -> bool:
     """Whether a node turns int4 parts into a dense weight."""
     name = op_name(node)
-    return (
-        name == "torchao::dequantize_int4_tensor" or name == "torchao::dequantize_gguf"
-    )
-
-
-def is_int4_op(node: object) -> bool:
-    """Whether a node computes on int4 parts without a dense weight: ours, or one of mslk's."""
-    name = op_name(node)
-    return name == "cuda_int4::linear" or (name.startswith("mslk::") and "i4" in name)
+    return name == "torchao::dequantize_int4_tensor" or name == "torchao::dequantize_gguf"
 
 
 def match_int4_linear(program: ExportedProgram, node: Node) -> Int4Match | None:
@@ -138,9 +130,7 @@ def match_int4_linear(program: ExportedProgram, node: Node) -> Int4Match | None:
         weights, nbytes = _GGUF_BLOCK
         K = row_bytes // nbytes * weights
         name = constant_name(program, raw)
-        return Int4Match(
-            replaced, x, "gguf", (raw,), bias, name, N, K, _GGUF_GROUP_SIZE
-        )
+        return Int4Match(replaced, x, "gguf", (raw,), bias, name, N, K, _GGUF_GROUP_SIZE)
     return None
 
 
@@ -155,7 +145,7 @@ def refusal(program: ExportedProgram, match: Int4Match) -> str | None:
         if part is not None and not is_constant(program, part):
             return (
                 f"{who}: expected int4 weights that are parameters or buffers nothing writes, got "
-                f"{part.name}, computed in the graph; quantise with cuda_int4.quantize_ before export"
+                f"{part.name}, computed in the graph; quantise them before export"
             )
     if match.bias is not None and _shape(match.bias) != [match.N]:
         return f"{who}: expected a bias of shape [{match.N}], got {_shape(match.bias)}"
@@ -176,17 +166,15 @@ def refusal(program: ExportedProgram, match: Int4Match) -> str | None:
             _, _, _, _, _, _, _, tag, activation = args_of(match.node)
             check_tag(tag, who=who, interchange=True)
             if activation not in ACTIVATIONS:
-                return (
-                    f"{who}: expected activation in {ACTIVATIONS}, got {activation!r}"
-                )
+                return f"{who}: expected activation in {ACTIVATIONS}, got {activation!r}"
     except ValueError as error:
         return str(error)
     if match.form == "dequantize":
         assert qdata is not None
         if qdata.meta["val"].dtype != torch.uint8:
             return (
-                f"{who}: expected qdata of uint8, got {qdata.meta['val'].dtype}: it was made from a "
-                "native Int4Tensor, whose nibbles are signed, and means other values here; give "
+                f"{who}: expected qdata of uint8, got {qdata.meta['val'].dtype}: it was made from "
+                "a native Int4Tensor, whose nibbles are signed, and means other values here; give "
                 "prepare_ the Int4Tensor itself"
             )
         n_groups = match.K // match.group_size
@@ -199,14 +187,20 @@ def refusal(program: ExportedProgram, match: Int4Match) -> str | None:
     return None
 
 
-def refusal_of_op(node: Node) -> str | None:
-    """Why an op on int4 parts that is no known linear cannot be honoured."""
-    if op_name(node) in ("cuda_int4::linear", "mslk::bf16i4bf16_rowwise"):
-        return None
-    return (
-        f"{node.name}: expected an int4 linear with 16-bit activations, got {op_name(node)}; "
-        "give the weights to cuda_int4.prepare_ before export"
-    )
+def refusal_of_op(program: ExportedProgram, node: Node) -> str | None:
+    """Why an op on quantised parts that is no linear we know cannot be honoured; None: it can."""
+    name = op_name(node)
+    if name == "torchao::dequantize_gguf" and args_of(node)[1] != "q4_k":
+        return (
+            f"{constant_name(program, node.all_input_nodes[0])}: expected a GGUF tensor of type "
+            f"q4_k, got {args_of(node)[1]}; dequantise it before export, or quantise it to Q4_K"
+        )
+    if name.startswith("mslk::") and "i4" in name and name != "mslk::bf16i4bf16_rowwise":
+        return (
+            f"{node.name}: expected an int4 linear on a 2-D weight with 16-bit activations, got "
+            f"{name}; give the weights to cuda_int4.prepare_ before export"
+        )
+    return None
 
 
 def _dense_linear(node: Node) -> tuple[Node, Node, Node | None, Node] | None:

@@ -40,12 +40,7 @@ class PackWeightsPass(ExportedProgramPassBase):
         packed: dict[tuple, tuple[Node | None, ...]] = {}
         uses = _uses_by_weight(exported_program)
         for key, linears in uses.items():
-            old = {
-                part
-                for node in linears
-                for part in args_of(node)[1:5]
-                if part is not None
-            }
+            old = {part for node in linears for part in args_of(node)[1:5] if part is not None}
             packed[key] = _pack(exported_program, linears[0])
             for node in linears:
                 x, *_, bias, group_size, tag, activation = args_of(node)
@@ -63,7 +58,7 @@ class PackWeightsPass(ExportedProgramPassBase):
 
 
 def _uses_by_weight(program: ExportedProgram) -> dict[tuple, list[Node]]:
-    """The linears still to pack, by the memory of their weights: one parameter may have two names."""
+    """The linears still to pack, by the memory of their weights: a parameter may have two names."""
     uses: dict[tuple, list[Node]] = {}
     for node in calls(program, torch.ops.cuda_int4.linear.default):
         _, *parts, _, group_size, tag, _ = args_of(node)
@@ -71,12 +66,8 @@ def _uses_by_weight(program: ExportedProgram) -> dict[tuple, list[Node]]:
         if stored == tag:
             node.meta.pop(STORED_TAG, None)  # only the activation was changed
             continue
-        tensors = [
-            None if part is None else constant_tensor(program, part) for part in parts
-        ]
-        memory = tuple(
-            None if t is None else (t.data_ptr(), t.shape, t.dtype) for t in tensors
-        )
+        tensors = [None if part is None else constant_tensor(program, part) for part in parts]
+        memory = tuple(None if t is None else (t.data_ptr(), t.shape, t.dtype) for t in tensors)
         uses.setdefault((memory, group_size, stored, tag), []).append(node)
     return uses
 
@@ -98,8 +89,6 @@ def _pack(program: ExportedProgram, node: Node) -> tuple[Node | None, ...]:
     weight = CudaCoalescedInt4Tensor.from_int4(canonical, who=name)
     data = [getattr(weight, part, None) for part in _PARTS]
     return tuple(
-        None
-        if part is None
-        else add_constant(program, f"{name}.{label}", part.detach())
+        None if part is None else add_constant(program, f"{name}.{label}", part.detach())
         for label, part in zip(_PARTS, data, strict=True)
     )

@@ -46,9 +46,7 @@ class ResolveAttentionPass(ExportedProgramPassBase):
         """Run the pass."""
         modified = False
         with rewriting(exported_program):
-            for node in calls(
-                exported_program, aten.scaled_dot_product_attention.default
-            ):
+            for node in calls(exported_program, aten.scaled_dot_product_attention.default):
                 if refusal(node) is not None:
                     continue
                 q, k, v, mask, _, is_causal, scale, _ = args_of(node)
@@ -82,16 +80,12 @@ def refusal(node: Node) -> str | None:
         return f"expected q, k and v of 4 dimensions, got {[len(s) for s in shapes]}"
     dtypes = {tensor.meta["val"].dtype for tensor in (q, k, v)}
     if len(dtypes) != 1 or not dtypes <= set(_DTYPES):
-        return (
-            f"expected one of float16, bfloat16, float32 for q, k and v, got {dtypes}"
-        )
+        return f"expected one of float16, bfloat16, float32 for q, k and v, got {dtypes}"
     (B, Hq, _, D), (Bk, Hk, T, Dk), (Bv, Hv, Tv, Dv) = shapes
     if not all(map(_equal, (B, B, D, D, T, Hk), (Bk, Bv, Dk, Dv, Tv, Hv))):
         return f"expected k and v of one shape, and q of its batch and head size, got {shapes}"
     if not isinstance(Hq, int) or not isinstance(Hk, int) or Hq % Hk:
-        return (
-            f"expected query heads that are a multiple of key heads, got {Hq} and {Hk}"
-        )
+        return f"expected query heads that are a multiple of key heads, got {Hq} and {Hk}"
     if Hq != Hk and not enable_gqa:
         return f"expected enable_gqa for {Hq} query heads on {Hk} key heads"
     if mask is not None:
@@ -104,7 +98,7 @@ def refusal(node: Node) -> str | None:
 
 
 def _before_repeat(node: Node) -> Node:
-    """[B, Hkv, T, D] of which ``node`` [B, Hkv * n, T, D] repeats each head n times; else itself."""
+    """[B, Hkv, T, D] of which ``node`` [B, Hkv * n, T, D] repeats each head n times, or itself."""
     view = node
     while op_name(view) in _COPIES:
         view = view.args[0]  # type: ignore[assignment]

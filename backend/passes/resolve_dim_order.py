@@ -36,13 +36,9 @@ class ResolveDimOrderPass(ExportedProgramPassBase):
                     dtype = node.meta["val"].dtype
                     replace(
                         node,
-                        call_like(
-                            exported_program, node, plain, (source,), dtype=dtype
-                        ),
+                        call_like(exported_program, node, plain, (source,), dtype=dtype),
                     )
-                elif source.op == "placeholder" or any(
-                    u.op == "output" for u in node.users
-                ):
+                elif source.op == "placeholder" or any(u.op == "output" for u in node.users):
                     replace(node, call_like(exported_program, node, plain, (source,)))
                 else:
                     replace(node, source)
@@ -53,7 +49,7 @@ class ResolveDimOrderPass(ExportedProgramPassBase):
 
 
 def plain_op(node: Node) -> torch._ops.OpOverload | None:
-    """The aten op that does the same on contiguous tensors; None: not a dim-order copy, or not so."""
+    """The aten op that does the same where all is contiguous; None: no dim-order copy, or not so."""
     name = op_name(node)
     if name not in (
         "dim_order_ops::_to_dim_order_copy",

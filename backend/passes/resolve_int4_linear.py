@@ -44,9 +44,7 @@ class ResolveInt4LinearPass(ExportedProgramPassBase):
         modified = False
         with rewriting(exported_program):
             for node in list(exported_program.graph.nodes):
-                match = (
-                    None if node._erased else match_int4_linear(exported_program, node)
-                )
+                match = None if node._erased else match_int4_linear(exported_program, node)
                 if match is None:
                     continue
                 reason = refusal(exported_program, match)
@@ -89,27 +87,21 @@ def _resolve(
     remove_dead_nodes(program, dead)
 
 
-def _as_plain(
-    program: ExportedProgram, match: Int4Match
-) -> tuple[Node, Node, Node | None]:
+def _as_plain(program: ExportedProgram, match: Int4Match) -> tuple[Node, Node, Node | None]:
     """Add a weight of another encoding as constants in plain.v1."""
     canonical = _read(program, match)
     parts = {"qdata": canonical.qdata, "scale": canonical.scale.t().contiguous()}
     if canonical.zero_point is not None:
         parts["zero_point"] = canonical.zero_point.t().contiguous()
     nodes = {
-        name: add_constant(program, f"{match.name}.{name}", part)
+        name: add_constant(program, f"{match.name}.plain_{name}", part)
         for name, part in parts.items()
     }
     return nodes["qdata"], nodes["scale"], nodes.get("zero_point")
 
 
 def _read(program: ExportedProgram, match: Int4Match) -> CanonicalInt4:
-    parts = [
-        constant_tensor(program, part).detach()
-        for part in match.parts
-        if part is not None
-    ]
+    parts = [constant_tensor(program, part).detach() for part in match.parts if part is not None]
     if match.form == "gguf":
         return from_gguf_blocks(parts[0], "q4_k", who=match.name)
     qdata, scale, zero = parts

@@ -47,9 +47,7 @@ def refusal(node: Node) -> str | None:
     """Why our kernel cannot compute this norm; None: it can."""
     x, normalized_shape, weight, _ = args_of(node)
     if len(normalized_shape) != 1:
-        return (
-            f"expected a norm over the last dimension, got one over {normalized_shape}"
-        )
+        return f"expected a norm over the last dimension, got one over {normalized_shape}"
     dtypes = [tensor.meta["val"].dtype for tensor in (x, weight) if tensor is not None]
     if not set(dtypes) <= set(_DTYPES):
         return f"expected float16, bfloat16 or float32, got {dtypes}"

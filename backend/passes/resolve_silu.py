@@ -39,8 +39,4 @@ class ResolveSiluPass(ExportedProgramPassBase):
 def refusal(node: Node) -> str | None:
     """Why our kernel cannot compute this; None: it can."""
     dtype = node.args[0].meta["val"].dtype  # type: ignore[union-attr]
-    return (
-        None
-        if dtype in _DTYPES
-        else f"expected float16, bfloat16 or float32, got {dtype}"
-    )
+    return None if dtype in _DTYPES else f"expected float16, bfloat16 or float32, got {dtype}"
