@@ -192,6 +192,7 @@ class GenerateStats(ctypes.Structure):
 _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "version": (c_char_p, []),
     "last_error": (c_char_p, []),
+    "clear_last_error": (None, []),
     "cuda_built": (c_int32, []),
     "cuda_available": (c_int32, []),
     "supported_ops": (c_char_p, [c_char_p]),
@@ -284,9 +285,7 @@ def library() -> ctypes.CDLL:
             "site-packages; reinstall both: pip install --force-reinstall executorch-cuda-int4"
         ) from error
     for name, (result, arguments) in _PROTOTYPES.items():
-        function = getattr(lib, f"cuda_int4_{name}", None)
-        if function is None:
-            continue
+        function = getattr(lib, f"cuda_int4_{name}")
         function.restype = result
         function.argtypes = arguments
         setattr(lib, name, function)

@@ -1,6 +1,7 @@
 // Each function of c_api.h: catch what could be thrown, call the C++ that does it, return a number.
 #include "c_api.h"
 
+#include <cstring>
 #include <vector>
 
 #include "c_api_internal.h"
@@ -45,6 +46,7 @@ int32_t eager_op(const char* name, const Args* args, int32_t device, void* strea
 
 const char* cuda_int4_version(void) { return CUDA_INT4_VERSION; }
 const char* cuda_int4_last_error(void) { return last_error(); }
+void cuda_int4_clear_last_error(void) { clear_last_error(); }
 int32_t cuda_int4_cuda_built(void) { return CUDA_INT4_WITH_CUDA; }
 int32_t cuda_int4_cuda_available(void) { return 0; }  // no CUDA device in this version
 

@@ -15,6 +15,7 @@
 // ---- library ----
 CUDA_INT4_API const char* cuda_int4_version(void);  // "0.1.0", the Python package's
 CUDA_INT4_API const char* cuda_int4_last_error(void);
+CUDA_INT4_API void cuda_int4_clear_last_error(void);  // "": to tell a new reason from an old one
 CUDA_INT4_API int32_t cuda_int4_cuda_built(void);      // 1 if this library has CUDA kernels
 CUDA_INT4_API int32_t cuda_int4_cuda_available(void);  // 1 if it has and a driver and GPU answer
 // Out-variant names of every op the delegate runs on `device` ("cpu" | "cuda"), one to a line, e.g.

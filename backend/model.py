@@ -1,0 +1,244 @@
+"""Running a ``.pte``: our own loader, and ExecuTorch's with our delegate in it.
+
+    model = load("model.pte")            opened and verified in C++; errors carry their reason
+    (logits,) = model.forward(tokens, input_pos)
+    model.generate([1, 15043], max_new_tokens=20)
+
+    load_runtime()                       from here on executorch.runtime and TextLLMRunner know us
+    with explained():                    ... and their bare error codes get the reason
+        executorch.runtime.Runtime.get().load_program("model.pte").load_method("forward")
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import threading
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from . import _native
+from ._native import CudaInt4Error, TensorView, check, library, tensor_view
+
+if TYPE_CHECKING:
+    import torch
+
+    from .generation import Generation
+
+BACKEND_ID = "CudaInt4Backend"
+_DTYPE_NAMES = {number: name for name, number in _native.DTYPE_NUMBERS.items()}
+
+
+class Model:
+    """A loaded ``.pte``; made by :func:`load`.
+
+    Every method of the file is loaded, so that what this build cannot run fails in ``load``. KV
+    caches live in the model: one object is one conversation at a time, and calls from several
+    threads take turns. Usable as a context manager.
+    """
+
+    def __init__(self, path: str, handle: int) -> None:
+        """Take over the handle of ``cuda_int4_model_open``."""
+        self.path = path
+        self._handle: int | None = handle
+        self._lock = threading.RLock()
+
+    @property
+    def handle(self) -> int:
+        """The ``cuda_int4_model*``.
+
+        Raises:
+            ValueError: the model has been closed.
+        """
+        if self._handle is None:
+            raise ValueError(f"{self.path}: expected an open model, got a closed one; load it again")
+        return self._handle
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Names of the methods, constant ones included."""
+        return tuple(library().model_methods(self.handle).decode().split())
+
+    def forward(self, *inputs: torch.Tensor | int | float | bool) -> list[torch.Tensor]:
+        """Run ``forward``; see :meth:`run`."""
+        return self.run("forward", *inputs)
+
+    def run(self, method: str, *inputs: torch.Tensor | int | float | bool) -> list[torch.Tensor]:
+        """Run a method on CPU tensors and numbers; returns copies of its outputs.
+
+        A number comes back as a 0-dimensional tensor (int64, float64 or bool).
+
+        Raises:
+            CudaInt4Error: wrong number, dtype or sizes of inputs, or a kernel failed.
+        """
+        import torch
+
+        tensors = []
+        for value in inputs:
+            tensor = value if isinstance(value, torch.Tensor) else _number(value)
+            if tensor.device.type != "cpu":
+                raise ValueError(f"{method}: expected CPU tensors, got one on {tensor.device}")
+            tensors.append(tensor.detach().contiguous())
+        views = (TensorView * len(tensors))(*map(tensor_view, tensors))
+        n_outputs = ctypes.c_uint64()
+        with self._lock:
+            check(
+                library().model_forward(
+                    self.handle, method.encode(), views, len(tensors), ctypes.byref(n_outputs)
+                )
+            )
+            return [self._output(i) for i in range(n_outputs.value)]
+
+    def _output(self, index: int) -> torch.Tensor:
+        view = TensorView()
+        check(library().model_output(self.handle, index, ctypes.byref(view)))
+        return _copy(view)
+
+    def generate(self, prompt: list[int], **options: Any) -> Generation:
+        """Generate tokens with the C++ decode loop; see :func:`.generation.generate_tokens`."""
+        from .generation import generate_tokens
+
+        with self._lock:
+            return generate_tokens(self, prompt, **options)
+
+    def reset(self) -> None:
+        """Zero every mutable buffer (KV caches): a new conversation."""
+        with self._lock:
+            check(library().model_reset(self.handle))
+
+    def close(self) -> None:
+        """Free the model; more than once is harmless."""
+        with self._lock:
+            if self._handle is not None:
+                library().model_close(self._handle)
+                self._handle = None
+
+    def __enter__(self) -> Model:
+        """The model itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close it."""
+        self.close()
+
+    def __del__(self) -> None:
+        """Close it, unless the interpreter is already taking itself apart."""
+        with contextlib.suppress(Exception):
+            self.close()
+
+    def __repr__(self) -> str:
+        """Path, and methods while it is open."""
+        state = "closed" if self._handle is None else ", ".join(self.methods)
+        return f"cuda_int4.Model({self.path!r}: {state})"
+
+
+def load(
+    path: str | os.PathLike[str],
+    data_path: str | os.PathLike[str] | None = None,
+    device: str = "auto",
+    verify: bool = True,
+) -> Model:
+    """Open a ``.pte`` and make sure that this build can run all of it.
+
+    Args:
+        path: the ``.pte``.
+        data_path: its ``.ptd``, where the weights were exported apart.
+        device: "auto", "cuda" or "cpu". The environment variable CUDA_INT4_DEVICE takes the place of
+            "auto".
+        verify: compare the checksums of all bytes. Without it the constants are trusted; the
+            program and its header are always checked.
+
+    Raises:
+        CudaInt4Error: the file is damaged, truncated, of another version, or needs what this build
+            lacks; the text names the part, what was expected, what was found, and the cure.
+    """
+    handle = ctypes.c_void_p()
+    check(
+        library().model_open(
+            os.fsencode(path),
+            None if data_path is None else os.fsencode(data_path),
+            device.encode(),
+            int(verify),
+            ctypes.byref(handle),
+        )
+    )
+    if handle.value is None:
+        raise CudaInt4Error(1, f"{os.fspath(path)}: expected a handle, got none")
+    return Model(os.fspath(path), handle.value)
+
+
+def load_runtime() -> None:
+    """Make the delegate known to ``executorch.runtime`` and to ExecuTorch's own runners.
+
+    Call it before the first ``load_program`` or ``TextLLMRunner`` that needs it; more than once is
+    harmless. Both sides link the one ``libexecutorch.so`` of the executorch package, where the
+    registry of backends is.
+
+    ExecuTorch's exceptions hold an error code only: wrap the calls in :func:`explained`, or ask
+    ``cuda_int4._native.last_error()``.
+
+    Raises:
+        ImportError: the library is missing, or a second copy of ``libexecutorch.so`` is loaded.
+    """
+    library()
+    from executorch.runtime import Runtime
+
+    names = Runtime.get().backend_registry.registered_backend_names
+    if BACKEND_ID not in names:
+        raise ImportError(
+            f"load_runtime: expected {BACKEND_ID} among executorch's backends, got "
+            f"{', '.join(names) or 'none'}; another copy of executorch is loaded: keep one executorch "
+            "in the environment and reinstall executorch-cuda-int4"
+        )
+
+
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """Give ExecuTorch's own exceptions the reason that our delegate had.
+
+    Raises:
+        CudaInt4Error: in place of the RuntimeError that came, where the delegate was the cause.
+    """
+    library().clear_last_error()
+    try:
+        yield
+    except CudaInt4Error:
+        raise
+    except RuntimeError as error:
+        reason = _native.last_error()
+        if not reason:
+            raise
+        raise CudaInt4Error(_code_in(str(error)), reason) from error
+
+
+def _code_in(text: str) -> int:
+    """The error number in executorch's "... error: 0x30"; 1 (Internal) where there is none."""
+    _, found, digits = text.rpartition("0x")
+    try:
+        return int(digits.split()[0].rstrip(".,;:)"), 16) if found else 1
+    except (ValueError, IndexError):
+        return 1
+
+
+def _number(value: int | float | bool) -> torch.Tensor:
+    import torch
+
+    if isinstance(value, bool):
+        return torch.tensor(value)
+    if isinstance(value, int):
+        return torch.tensor(value, dtype=torch.int64)
+    if isinstance(value, float):
+        return torch.tensor(value, dtype=torch.float64)
+    raise TypeError(f"expected tensors and numbers, got {type(value).__name__}")
+
+
+def _copy(view: TensorView) -> torch.Tensor:
+    import torch
+
+    dtype = getattr(torch, _DTYPE_NAMES[view.dtype])
+    sizes, strides = list(view.sizes[: view.ndim]), list(view.strides[: view.ndim])
+    if view.nbytes == 0:
+        return torch.empty(sizes, dtype=dtype)
+    memory = (ctypes.c_char * view.nbytes).from_address(view.data)
+    return torch.frombuffer(memory, dtype=dtype).as_strided(sizes, strides).clone()
