@@ -253,7 +253,7 @@ def generate_text(
             on_token(token)
 
     try:
-        generation = generate_tokens(model, tokens, stop_tokens=stops, on_token=take, **options)
+        generation = model.generate(tokens, stop_tokens=stops, on_token=take, **options)
     except GenerationInterrupted as interrupted:
         generation = interrupted.generation
         text = stream.finish()

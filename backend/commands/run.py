@@ -19,7 +19,6 @@ from ..generation import (
     GenerationInterrupted,
     decode_info,
     generate_text,
-    generate_tokens,
 )
 from ..text_stream import ByteTokenizer, load_tokenizer
 
@@ -189,7 +188,7 @@ def run_command(args: argparse.Namespace) -> int:
     interrupted = False
     try:
         if args.tokens is not None:
-            generation = generate_tokens(model, args.tokens, on_token=show, **options)
+            generation = model.generate(args.tokens, on_token=show, **options)
         else:
             if isinstance(tokenizer, ByteTokenizer):
                 _check_byte_vocab(args.model, model)

@@ -1,0 +1,221 @@
+"""Small language models to decode from, in the form that the decode loop takes, and their export.
+
+HistoryModel has no weights to speak of and lowers to ExecuTorch's own kernels: its tests are of the
+loop alone. ToyLlama has int4 linears, RoPE, grouped queries and a KV cache, all in one delegate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class HistoryModel(nn.Module):
+    """The logits are a row of a table, chosen by a hash of every token so far.
+
+    One wrong entry of the cache, one wrong position, and every later token differs.
+
+    Args:
+        vocab_size: V.
+        context: tokens the cache holds.
+        dtype: of the logits.
+        last_only: logits are [1, V] and not [1, S, V].
+        start_only: input_pos is [1], the position of the first token.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int = 256,
+        context: int = 64,
+        dtype: torch.dtype = torch.float32,
+        *,
+        last_only: bool = False,
+        start_only: bool = False,
+    ):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.vocab_size, self.context = vocab_size, context
+        self.last_only, self.start_only = last_only, start_only
+        table = torch.randn(vocab_size, vocab_size, generator=generator)
+        self.register_buffer("table", table.to(dtype))
+        self.register_buffer("history", torch.zeros(context))
+        weights = torch.randint(1, 60, (context,), generator=generator).float()
+        self.register_buffer("weights", weights)  # context * 60 * V < 2^24: the sum is exact
+        self.register_buffer("keys", torch.arange(context))
+
+    def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
+        if self.start_only:
+            input_pos = input_pos + torch.arange(tokens.shape[1])
+        history = self.history.index_copy_(0, input_pos, tokens[0].float() + 1)
+        seen = (self.keys <= input_pos.unsqueeze(1)).float()
+        state = (history * self.weights * seen).sum(-1)
+        row = (state - self.vocab_size * torch.floor(state / self.vocab_size)).long()
+        logits = F.embedding(row, self.table).unsqueeze(0)
+        return logits[:, -1] if self.last_only else logits
+
+
+class ToyLlama(nn.Module):
+    """Two layers of a byte-level Llama; every weight random, so that no bug hides behind zeros."""
+
+    VOCAB, DIM, HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 128, 64, 128, 2, 4, 2, 16
+
+    def __init__(self, context: int = 64):
+        super().__init__()
+        self.context = context
+        self.embedding = nn.Embedding(self.VOCAB, self.DIM)
+        self.layers = nn.ModuleList(ToyBlock(self, context) for _ in range(self.LAYERS))
+        self.norm = nn.RMSNorm(self.DIM)
+        self.output = nn.Linear(self.DIM, self.VOCAB, bias=False)
+        frequencies = 10000.0 ** -(torch.arange(0, self.HEAD_DIM, 2) / self.HEAD_DIM)
+        angles = torch.outer(torch.arange(context).float(), frequencies)
+        self.register_buffer("cos", angles.cos())
+        self.register_buffer("sin", angles.sin())
+        self.register_buffer("keys", torch.arange(context))
+
+    def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        cos, sin = self.cos[input_pos], self.sin[input_pos]
+        mask = self.keys <= input_pos.unsqueeze(1)
+        for layer in self.layers:
+            x = layer(x, input_pos, cos, sin, mask)
+        return self.output(self.norm(x))
+
+
+class ToyBlock(nn.Module):
+    """One pre-norm layer of ToyLlama, with its cache."""
+
+    def __init__(self, m: type[ToyLlama] | ToyLlama, context: int):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = m.HEADS, m.KV_HEADS, m.HEAD_DIM
+        self.norm1, self.norm2 = nn.RMSNorm(m.DIM), nn.RMSNorm(m.DIM)
+        self.wq = nn.Linear(m.DIM, m.HEADS * m.HEAD_DIM, bias=False)
+        self.wk = nn.Linear(m.DIM, m.KV_HEADS * m.HEAD_DIM, bias=False)
+        self.wv = nn.Linear(m.DIM, m.KV_HEADS * m.HEAD_DIM, bias=False)
+        self.wo = nn.Linear(m.HEADS * m.HEAD_DIM, m.DIM, bias=False)
+        self.w1 = nn.Linear(m.DIM, m.HIDDEN, bias=False)
+        self.w2 = nn.Linear(m.HIDDEN, m.DIM, bias=False)
+        self.w3 = nn.Linear(m.DIM, m.HIDDEN, bias=False)
+        cache = torch.zeros(1, m.KV_HEADS, context, m.HEAD_DIM)
+        self.register_buffer("k_cache", cache)
+        self.register_buffer("v_cache", cache.clone())
+
+    def forward(self, x: Tensor, input_pos: Tensor, cos: Tensor, sin: Tensor, mask: Tensor):
+        _, S, _ = x.shape
+        h = self.norm1(x)
+        q = self.wq(h).view(1, S, self.heads, self.head_dim).transpose(1, 2)
+        k = self.wk(h).view(1, S, self.kv_heads, self.head_dim).transpose(1, 2)
+        v = self.wv(h).view(1, S, self.kv_heads, self.head_dim).transpose(1, 2)
+        k = self.k_cache.index_copy_(2, input_pos, rotate(k, cos, sin))
+        v = self.v_cache.index_copy_(2, input_pos, v)
+        y = F.scaled_dot_product_attention(
+            rotate(q, cos, sin), k, v, attn_mask=mask, enable_gqa=True
+        )
+        x = x + self.wo(y.transpose(1, 2).reshape(1, S, self.heads * self.head_dim))
+        h = self.norm2(x)
+        return x + self.w2(F.silu(self.w1(h)) * self.w3(h))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE on x [1, heads, S, head_dim]."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+
+def toy_llama(context: int = 64) -> ToyLlama:
+    """The quantised model, in eval mode."""
+    import cuda_int4
+
+    torch.manual_seed(0)
+    model = ToyLlama(context).eval().requires_grad_(False)
+    for p in model.parameters():
+        if p.dim() == 2:
+            nn.init.normal_(p, std=0.2)
+    cuda_int4.quantize_(model, cuda_int4.Int4Config(group_size=32))
+    return model
+
+
+def constant_methods(context: int, max_seq_len: int = 16, **changes: Any) -> dict[str, Any]:
+    """What TextLLMRunner and our loop ask a model for; ``changes`` with None take one out."""
+    methods = {
+        "get_max_seq_len": max_seq_len,
+        "get_max_context_len": context,
+        "use_kv_cache": True,
+        "enable_dynamic_shape": True,
+        "use_sdpa_with_kv_cache": False,
+        "get_eos_ids": [],
+        **changes,
+    }
+    return {name: value for name, value in methods.items() if value is not None}
+
+
+def example(max_seq_len: int, *, start_only: bool = False) -> tuple[tuple[Tensor, Tensor], Any]:
+    """Example inputs and dynamic shapes for a sequence of 1 to ``max_seq_len`` tokens."""
+    n = min(4, max_seq_len)
+    inputs = torch.arange(1, n + 1)[None], torch.arange(1 if start_only else n)
+    if max_seq_len == 1:
+        return inputs, None
+    S = torch.export.Dim("S", min=1, max=max_seq_len)
+    return inputs, ({1: S}, None if start_only else {0: S})
+
+
+def export_plain(
+    model: nn.Module,
+    path: Path,
+    *,
+    max_seq_len: int = 16,
+    inputs: tuple[Tensor, ...] | None = None,
+    **methods: Any,
+) -> Path:
+    """Write ``model`` as a .pte without any delegate.
+
+    Args:
+        model: a HistoryModel, or with ``inputs`` any module.
+        path: of the .pte.
+        max_seq_len: greatest S; 1 exports a static shape.
+        inputs: example inputs of a module of another signature, exported with static shapes.
+        **methods: changes to ``constant_methods``.
+    """
+    from executorch.exir import to_edge_transform_and_lower
+
+    shapes = None
+    if inputs is None:
+        inputs, shapes = example(max_seq_len, start_only=getattr(model, "start_only", False))
+    exported = torch.export.export(model, inputs, dynamic_shapes=shapes)
+    context = getattr(model, "context", 64)
+    methods = constant_methods(context, max_seq_len, **methods)
+    program = to_edge_transform_and_lower(exported, constant_methods=methods).to_executorch()
+    path.write_bytes(program.buffer)
+    return path
+
+
+def export_toy_llama(path: Path, context: int = 64, **methods: Any) -> Path:
+    """Write ``toy_llama(context)`` as a .pte with one delegate."""
+    import cuda_int4
+
+    inputs, shapes = example(16)
+    cuda_int4.export(
+        toy_llama(context),
+        inputs,
+        str(path),
+        dynamic_shapes=shapes,
+        constant_methods=constant_methods(context, **methods),
+    )
+    return path
+
+
+@torch.no_grad()
+def greedy(model: nn.Module, prompt: Sequence[int], n: int) -> list[int]:
+    """The ``n`` likeliest tokens after ``prompt``, by PyTorch eager, one token per forward."""
+    tokens, chosen = list(prompt), []
+    for position in range(len(prompt) + n - 1):
+        token = torch.tensor([[tokens[position]]])
+        logits = model(token, torch.tensor([position]))
+        if position >= len(prompt) - 1:
+            chosen.append(int(logits.reshape(-1, logits.shape[-1])[-1].argmax()))
+            tokens.append(chosen[-1])
+    return chosen
