@@ -1,0 +1,46 @@
+// The table of CUDA kernels: arguments to launchers, CUDA's errors to ours.
+#include "../checks.h"
+#include "../coalesced.h"
+#include "../layouts.h"
+#include "cuda_kernels.h"
+#include "matvec_w4a16_coalesced.cuh"
+
+namespace cuda_int4 {
+
+namespace {
+
+Status device_status(const LinearArgs& args, cudaError_t code) {
+  if (code == cudaSuccess) return {};
+  return error(StatusCode::kDeviceError,
+               "%.200s: expected the CUDA launch to succeed, got %s (%s); check that the tensors "
+               "are on the current device and that its driver is up to date",
+               weight_name(args), cudaGetErrorName(code), cudaGetErrorString(code));
+}
+
+Status linear_coalesced_w4a16(const LinearArgs& args, const ExecutionContext& context) {
+  MatvecW4A16CoalescedArgs kernel_args = {};
+  kernel_args.x = args.x.data;
+  kernel_args.qdata = static_cast<const uint32_t*>(args.qdata.data);
+  kernel_args.scale = args.scale.data;
+  kernel_args.zero_point = args.zero_point.present() ? args.zero_point.data : nullptr;
+  kernel_args.bias = args.bias.present() ? args.bias.data : nullptr;
+  kernel_args.y = args.y.data;
+  kernel_args.dtype = args.x.dtype;
+  kernel_args.scale_dtype = args.scale.dtype;
+  kernel_args.zero_point_dtype =
+      args.zero_point.present() ? args.zero_point.dtype : args.scale.dtype;
+  kernel_args.M = linear_M(args);
+  kernel_args.N = linear_N(args);
+  kernel_args.K = linear_K(args);
+  kernel_args.group_size = args.group_size;
+  return device_status(
+      args, launch_matvec_w4a16_coalesced(kernel_args, static_cast<cudaStream_t>(context.stream)));
+}
+
+constexpr CudaKernels kKernels = {linear_coalesced_w4a16};
+
+}  // namespace
+
+const CudaKernels* cuda_kernels() { return &kKernels; }
+
+}  // namespace cuda_int4
