@@ -69,7 +69,7 @@ ERROR_NAMES = {
 
 
 class CudaInt4Error(RuntimeError):
-    """A call into libcuda_int4 failed; the text is its reason, ``code`` ExecuTorch's error number."""
+    """A call into libcuda_int4 failed: the text is its reason, ``code`` ExecuTorch's number."""
 
     def __init__(self, code: int, reason: str) -> None:
         """Keep ``code``; show ``reason`` and the name of the code."""
@@ -198,6 +198,7 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "supported_ops": (c_char_p, [c_char_p]),
     "checksum": (c_uint32, [c_void_p, c_uint64]),
     "set_num_threads": (c_int32, [c_uint32]),
+    "keep_log_quiet": (None, []),
     "linear": (c_int32, [POINTER(LinearArgs), c_int32, c_void_p]),
     "attention": (c_int32, [POINTER(AttentionArgs), c_int32, c_void_p]),
     "rms_norm": (c_int32, [POINTER(RmsNormArgs), c_int32, c_void_p]),
@@ -265,19 +266,34 @@ def package_dir() -> Path:
     )
 
 
+def _load_executorch() -> None:
+    """Load the libraries that ours links, from the executorch that Python would import.
+
+    Our run path finds them in the same site-packages; this finds them in another one too (a virtual
+    environment over the system's packages). find_spec imports neither executorch nor torch.
+    """
+    spec = importlib.util.find_spec("executorch")
+    for root in (spec.submodule_search_locations or []) if spec else []:
+        for name in ("", "_threadpool", "_kernels_optimized"):
+            path = Path(root) / "lib" / f"libexecutorch{name}.so"
+            if path.is_file():
+                ctypes.CDLL(str(path))
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
     """Load libcuda_int4 once and attach the prototypes.
 
     The environment variable CUDA_INT4_LIBRARY names another build of it, such as one with
-    sanitizers. The library links executorch's own libexecutorch.so through its run path, so its
-    delegate is registered where ``executorch.runtime`` will look for it.
+    sanitizers. It links executorch's own libexecutorch.so, so its delegate is registered where
+    ``executorch.runtime`` will look for it.
 
     Raises:
         ImportError: the library is missing, does not load, or is of another version.
     """
     path = os.environ.get("CUDA_INT4_LIBRARY") or str(package_dir() / "lib" / "libcuda_int4.so")
     try:
+        _load_executorch()
         lib = ctypes.CDLL(path)
     except OSError as error:
         raise ImportError(

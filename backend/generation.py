@@ -8,6 +8,9 @@ Tokenizers and the streaming of text are in text_stream.py.
 """
 
 import ctypes
+import signal
+import threading
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -157,24 +160,23 @@ def generate_tokens(
         on_prefill: the same after each chunk of the prompt, with the tokens read so far.
 
     Raises:
-        CudaInt4Error: the prompt does not fit, a token is not in the vocabulary, an option is out
-            of range, the model failed or gave NaN; the reason is in the text.
+        ValueError: an integer out of its range.
+        CudaInt4Error: the prompt does not fit, a token is not in the vocabulary, temperature or
+            top_p is out of its range, the model failed or gave NaN; the reason is in the text.
         GenerationInterrupted: Ctrl-C; it carries the tokens up to then.
     """
-    if max_new_tokens is not None and max_new_tokens < 1:
-        raise ValueError(f"generate: expected max_new_tokens >= 1 or None, got {max_new_tokens}")
-    if prefill_chunk is not None and prefill_chunk < 1:
-        raise ValueError(f"generate: expected prefill_chunk >= 1 or None, got {prefill_chunk}")
+    _check_ints(start_pos, max_new_tokens, prefill_chunk, top_k, seed)
     tokens: list[int] = []
+    interrupts = _Interrupts()
     raised: list[BaseException] = []  # a C callback cannot raise: keep it until the call is over
 
-    def guard(callback: Callable[[int], None]) -> Callable[[int, Any], int]:
+    def guard(callback: Callable[[int], Any]) -> Callable[[int, Any], int]:
         def call(value: int, _user: Any) -> int:
             try:
                 callback(value)
-            except BaseException as error:  # KeyboardInterrupt arrives in here too
+            except BaseException as error:
                 raised.append(error)
-            return len(raised)
+            return int(bool(raised) or interrupts.seen)
 
         return call
 
@@ -183,6 +185,7 @@ def generate_tokens(
         if on_token is not None:
             on_token(token)
 
+    ids, stops = _int64_array("prompt", prompt), _int64_array("stop_tokens", stop_tokens)
     native = _native.GenerateConfig(
         max_new_tokens=max_new_tokens or 0,
         prefill_chunk=prefill_chunk or 0,
@@ -190,28 +193,87 @@ def generate_tokens(
         top_k=top_k,
         top_p=top_p,
         seed=seed,
-        stop_tokens=(ctypes.c_int64 * len(stop_tokens))(*stop_tokens),
-        n_stop_tokens=len(stop_tokens),
+        stop_tokens=(ctypes.c_int64 * len(stops)).from_buffer(stops),
+        n_stop_tokens=len(stops),
         on_prefill=_native.PrefillCallback(guard(on_prefill or (lambda n_read: None))),
     )
     stats = _native.GenerateStats()
-    code = _native.library().generate(
-        model.handle,
-        (ctypes.c_int64 * len(prompt))(*prompt),
-        len(prompt),
-        start_pos,
-        _native.byref(native),
-        _native.TokenCallback(guard(take)),
-        None,
-        _native.byref(stats),
-    )
+    with interrupts:
+        code = _native.library().generate(
+            model.handle,
+            (ctypes.c_int64 * len(ids)).from_buffer(ids),
+            len(ids),
+            start_pos,
+            _native.byref(native),
+            _native.TokenCallback(guard(take)),
+            None,
+            _native.byref(stats),
+        )
     generation = Generation(tokens, GenerationStats.from_native(stats))
-    if raised and isinstance(raised[0], KeyboardInterrupt):
-        raise GenerationInterrupted(generation) from raised[0]
+    if interrupts.seen or (raised and isinstance(raised[0], KeyboardInterrupt)):
+        raise GenerationInterrupted(generation) from (raised[0] if raised else None)
     if raised:
         raise raised[0]
     _native.check(code)
     return generation
+
+
+def _int64_array(name: str, values: Sequence[int]) -> array:
+    try:
+        return array("q", values)
+    except OverflowError:
+        raise ValueError(f"generate: expected {name} of int64 ids, got a greater number") from None
+
+
+def _check_ints(
+    start_pos: int, max_new_tokens: int | None, prefill_chunk: int | None, top_k: int, seed: int
+) -> None:
+    """Refuse what does not fit the C struct, which would wrap around without a word.
+
+    Raises:
+        ValueError: an argument out of its range.
+    """
+    ranges = {
+        "start_pos": (start_pos, 0, 2**63),
+        "max_new_tokens": (1 if max_new_tokens is None else max_new_tokens, 1, 2**63),
+        "prefill_chunk": (1 if prefill_chunk is None else prefill_chunk, 1, 2**63),
+        "top_k": (top_k, 0, 2**63),
+        "seed": (seed, 0, 2**64),
+    }
+    for name, (value, low, end) in ranges.items():
+        if not low <= value < end:
+            raise ValueError(f"generate: expected {name} in {low}..{end - 1}, got {value}")
+
+
+class _Interrupts:
+    """While entered, Ctrl-C sets ``seen`` and raises nothing.
+
+    Python would raise KeyboardInterrupt in whatever line of a callback comes first, and ctypes
+    drops what a callback raises before its own ``try``. Only the default handling is replaced, and
+    only in the main thread, where Python runs its handlers.
+    """
+
+    def __init__(self) -> None:
+        """None seen yet."""
+        self.seen = False
+        self._replaced = False
+
+    def __enter__(self) -> None:
+        """Take the place of Python's handler."""
+        if (
+            threading.current_thread() is threading.main_thread()
+            and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        ):
+            signal.signal(signal.SIGINT, self._see)
+            self._replaced = True
+
+    def __exit__(self, *_: object) -> None:
+        """Give it back."""
+        if self._replaced:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _see(self, _signal: int, _frame: object) -> None:
+        self.seen = True
 
 
 def generate_text(

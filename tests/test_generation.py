@@ -246,6 +246,7 @@ def test_an_exception_in_a_callback_ends_the_generation_and_arrives(history):
     with pytest.raises(LookupError, match="enough"):
         generate_tokens(history, [1], on_token=stop_at_three)
     assert len(seen) == 3
+    seen.clear()
     with pytest.raises(LookupError, match="enough"):
         generate_tokens(history, [1] * 9, prefill_chunk=3, on_prefill=stop_at_three)
 
@@ -271,11 +272,23 @@ def test_an_interrupt_carries_what_there_was(history):
         ({"prompt": []}, _native.CudaInt4Error, "at least one token, got none"),
         ({"prompt": [1] * 65}, _native.CudaInt4Error, "prompt has 65 tokens, the context holds 64"),
         ({"start_pos": 60, "prompt": [1] * 5}, _native.CudaInt4Error, "and 60 of them are taken"),
-        ({"start_pos": -1}, _native.CudaInt4Error, "start position in 0..64, got -1"),
+        ({"start_pos": 65}, _native.CudaInt4Error, "start position in 0..64, got 65"),
+        ({"start_pos": -1}, ValueError, "expected start_pos in 0.."),
+        ({"seed": 2**64}, ValueError, "expected seed in 0..18446744073709551615, got"),
+        ({"top_k": -1}, ValueError, "expected top_k in 0.."),
+        ({"prompt": [2**63]}, ValueError, "expected prompt of int64 ids"),
         ({"prompt": [128]}, _native.CudaInt4Error, "prompt tokens in 0..127, got 128"),
         ({"temperature": -1.0}, _native.CudaInt4Error, "temperature: expected"),
-        ({"max_new_tokens": 0}, ValueError, "expected max_new_tokens >= 1 or None, got 0"),
-        ({"prefill_chunk": 0}, ValueError, "expected prefill_chunk >= 1 or None, got 0"),
+        (
+            {"max_new_tokens": 0},
+            ValueError,
+            "expected max_new_tokens in 1..[0-9]*, got 0",
+        ),
+        (
+            {"prefill_chunk": 0},
+            ValueError,
+            "expected prefill_chunk in 1..[0-9]*, got 0",
+        ),
     ],
 )
 def test_what_cannot_be_generated_is_refused(history, options, error, reason):

@@ -148,6 +148,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
     output = parser.add_argument_group("output (tokens on stdout, times on stderr)")
     output.add_argument("--print-tokens", action="store_true", help="ids, even for a text prompt")
+    output.add_argument("--verbose", action="store_true", help="ExecuTorch's log too, on stderr")
     output.add_argument(
         "--json", action="store_true", help="nothing but one JSON object: tokens, text, times"
     )
@@ -161,6 +162,8 @@ def run_command(args: argparse.Namespace) -> int:
     """
     from ..model import load
 
+    if not args.verbose:
+        _native.library().keep_log_quiet()
     tokenizer = load_tokenizer(args.tokenizer)
     if args.threads is not None:
         _native.check(_native.library().set_num_threads(args.threads))

@@ -26,6 +26,9 @@ CUDA_INT4_API const char* cuda_int4_supported_ops(const char* device);
 CUDA_INT4_API uint32_t cuda_int4_checksum(const void* data, uint64_t nbytes);
 // CPU threads of this process's ExecuTorch, 1 or more; no model may be running meanwhile.
 CUDA_INT4_API int32_t cuda_int4_set_num_threads(uint32_t n_threads);
+// For command lines: from here on ExecuTorch's log, which repeats our errors on stderr, prints only
+// what comes before an abort. Before the first model is opened.
+CUDA_INT4_API void cuda_int4_keep_log_quiet(void);
 
 // ---- ops, for PyTorch eager (device: 0 CPU, 1 CUDA; stream: cudaStream_t or nullptr) ----
 CUDA_INT4_API int32_t cuda_int4_linear(const cuda_int4::LinearArgs* args, int32_t device,

@@ -1,5 +1,8 @@
 // The decode loop's part of c_api.h: structs of C to and from decoder.h and sampler.h.
+#include <executorch/runtime/platform/platform.h>
+
 #include <algorithm>
+#include <cstdio>
 
 #include "c_api_internal.h"
 #include "decoder.h"
@@ -36,6 +39,16 @@ void copy_stats(const GenerateStats& from, const Model& model, cuda_int4_generat
 
 int32_t cuda_int4_set_num_threads(uint32_t n_threads) {
   return guarded([&] { return set_num_threads(n_threads); });
+}
+
+void cuda_int4_keep_log_quiet(void) {
+  using executorch::runtime::PalImpl;
+  const auto emit = [](et_timestamp_t, et_pal_log_level_t level, const char* file, const char*,
+                       size_t line, const char* message, size_t length) {
+    if (level != kFatal) return;
+    std::fprintf(stderr, "%s:%zu: %.*s\n", file, line, static_cast<int>(length), message);
+  };
+  executorch::runtime::register_pal(PalImpl::create(emit, __FILE__));
 }
 
 int32_t cuda_int4_sample(const TensorView* logits, const cuda_int4_generate_config* config,

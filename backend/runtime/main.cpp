@@ -319,18 +319,6 @@ int fail() {
   return kFailed;
 }
 
-// ExecuTorch writes its log to stderr, this program's own messages among it: without --verbose only
-// what comes before an abort is let through.
-void keep_log_quiet() {
-  using executorch::runtime::PalImpl;
-  const auto emit = [](et_timestamp_t, et_pal_log_level_t level, const char* file, const char*,
-                       size_t line, const char* message, size_t length) {
-    if (level != kFatal) return;
-    std::fprintf(stderr, "%s:%zu: %.*s\n", file, line, static_cast<int>(length), message);
-  };
-  executorch::runtime::register_pal(PalImpl::create(emit, __FILE__));
-}
-
 void print_token(const Options& options, bool as_text, int64_t token, bool first) {
   if (options.json) return;
   if (!as_text) {
@@ -401,7 +389,7 @@ int run(const Options& options) {
 
 int main(int argc, char** argv) {
   const Options options = parse_options(argc, argv);
-  if (!options.verbose) keep_log_quiet();
+  if (!options.verbose) cuda_int4_keep_log_quiet();
   handle_interrupts();
   return run(options);
 }
