@@ -1,12 +1,12 @@
 """Running a ``.pte``: our own loader, and ExecuTorch's with our delegate in it.
 
-    model = load("model.pte")            opened and verified in C++; errors carry their reason
-    (logits,) = model.forward(tokens, input_pos)
-    model.generate([1, 15043], max_new_tokens=20)
+model = load("model.pte")            opened and verified in C++; errors carry their reason
+(logits,) = model.forward(tokens, input_pos)
+model.generate([1, 15043], max_new_tokens=20)
 
-    load_runtime()                       from here on executorch.runtime and TextLLMRunner know us
-    with explained():                    ... and their bare error codes get the reason
-        executorch.runtime.Runtime.get().load_program("model.pte").load_method("forward")
+load_runtime()                       from here on executorch.runtime and TextLLMRunner know us
+with explained():                    ... and their bare error codes get the reason
+    executorch.runtime.Runtime.get().load_program("model.pte").load_method("forward")
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ class Model:
             ValueError: the model has been closed.
         """
         if self._handle is None:
-            raise ValueError(f"{self.path}: expected an open model, got a closed one; load it again")
+            raise ValueError(
+                f"{self.path}: expected an open model, got a closed one; load it again"
+            )
         return self._handle
 
     @property
@@ -144,8 +146,8 @@ def load(
     Args:
         path: the ``.pte``.
         data_path: its ``.ptd``, where the weights were exported apart.
-        device: "auto", "cuda" or "cpu". The environment variable CUDA_INT4_DEVICE takes the place of
-            "auto".
+        device: "auto", "cuda" or "cpu". The environment variable CUDA_INT4_DEVICE takes the place
+            of "auto".
         verify: compare the checksums of all bytes. Without it the constants are trusted; the
             program and its header are always checked.
 
@@ -188,7 +190,7 @@ def load_runtime() -> None:
     if BACKEND_ID not in names:
         raise ImportError(
             f"load_runtime: expected {BACKEND_ID} among executorch's backends, got "
-            f"{', '.join(names) or 'none'}; another copy of executorch is loaded: keep one executorch "
+            f"{', '.join(names) or 'none'}; another copy of executorch is loaded: keep one "
             "in the environment and reinstall executorch-cuda-int4"
         )
 

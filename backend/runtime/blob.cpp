@@ -88,8 +88,8 @@ Error read_constant(Reader& reader, ConstantRecord* c) {
     const uint64_t size = reader.number<uint64_t>();
     if (size > uint64_t(INT32_MAX) || __builtin_mul_overflow(nbytes, size, &nbytes))
       return fail(Error::InvalidProgram,
-                  "constant %s: expected sizes below 2^31, got %" PRIu64
-                  " at dimension %" PRIu32 "; the .pte is damaged, export it again",
+                  "constant %s: expected sizes below 2^31, got %" PRIu64 " at dimension %" PRIu32
+                  "; the .pte is damaged, export it again",
                   c->name.c_str(), size, i);
     c->sizes.push_back(int32_t(size));
   }

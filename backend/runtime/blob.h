@@ -45,8 +45,8 @@ struct LinearRecord {
   std::string name;
   std::string layout_tag;
   std::string activation;
-  int64_t N, K, group_size;                         // each in 1..2^31-1
-  int32_t qdata, scale, zero_point, meta, bias;     // -1: none; else an index of a constant
+  int64_t N, K, group_size;                      // each in 1..2^31-1
+  int32_t qdata, scale, zero_point, meta, bias;  // -1: none; else an index of a constant
 };
 
 struct Blob {

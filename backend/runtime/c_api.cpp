@@ -18,7 +18,8 @@ namespace {
 /// One eager op: validate, give it scratch, run it.
 template <typename Args>
 int32_t eager_op(const char* name, const Args* args, int32_t device, void* stream,
-                 Status (*validate)(const Args&), uint64_t (*scratch_bytes)(const Args&, DeviceKind),
+                 Status (*validate)(const Args&),
+                 uint64_t (*scratch_bytes)(const Args&, DeviceKind),
                  Status (*run)(const Args&, const ExecutionContext&)) noexcept {
   return guarded([&]() -> Error {
     if (args == nullptr) return fail(Error::InvalidArgument, "%s: args is nullptr", name);

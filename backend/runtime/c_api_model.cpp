@@ -31,8 +31,7 @@ int32_t cuda_int4_model_open(const char* path, const char* data_path, const char
 void cuda_int4_model_close(cuda_int4_model* model) { delete model; }
 
 int32_t cuda_int4_model_forward(cuda_int4_model* model, const char* method,
-                                const TensorView* inputs, uint64_t n_inputs,
-                                uint64_t* n_outputs) {
+                                const TensorView* inputs, uint64_t n_inputs, uint64_t* n_outputs) {
   return guarded([&]() -> Error {
     const Error error = check_handle(model);
     if (error != Error::Ok) return error;

@@ -45,8 +45,8 @@ constexpr Tables kTables = make_tables();
 uint32_t update_portable(uint32_t crc, const uint8_t* p, size_t n) {
   const auto& t = kTables.t;
   for (; n >= 8; p += 8, n -= 8) {
-    const uint32_t lo = crc ^ (uint32_t(p[0]) | uint32_t(p[1]) << 8 | uint32_t(p[2]) << 16 |
-                               uint32_t(p[3]) << 24);
+    const uint32_t lo =
+        crc ^ (uint32_t(p[0]) | uint32_t(p[1]) << 8 | uint32_t(p[2]) << 16 | uint32_t(p[3]) << 24);
     crc = t[7][lo & 0xff] ^ t[6][(lo >> 8) & 0xff] ^ t[5][(lo >> 16) & 0xff] ^ t[4][lo >> 24] ^
           t[3][p[4]] ^ t[2][p[5]] ^ t[1][p[6]] ^ t[0][p[7]];
   }
@@ -81,9 +81,7 @@ uint32_t append_zeros(uint32_t crc, uint64_t n_bytes) {
 CUDA_INT4_CRC_TARGET inline uint32_t step8(uint32_t crc, uint64_t v) {
   return uint32_t(_mm_crc32_u64(crc, v));
 }
-CUDA_INT4_CRC_TARGET inline uint32_t step1(uint32_t crc, uint8_t v) {
-  return _mm_crc32_u8(crc, v);
-}
+CUDA_INT4_CRC_TARGET inline uint32_t step1(uint32_t crc, uint8_t v) { return _mm_crc32_u8(crc, v); }
 bool has_crc_instruction() { return __builtin_cpu_supports("sse4.2"); }
 #elif defined(__aarch64__) && defined(__linux__)
 #define CUDA_INT4_CRC_TARGET __attribute__((target("+crc")))

@@ -55,12 +55,13 @@ Error Constants::place_one(const ConstantRecord& record, const NamedDataMap* sto
   Result<FreeableBuffer> found =
       store == nullptr ? Result<FreeableBuffer>(Error::NotFound) : store->get_data(record.key);
   if (!found.ok())
-    return fail(Error::InvalidExternalData,
-                "constant %s: expected key %s in the .pte or its .ptd, found %s; give the .ptd that "
-                "was written together with this .pte, or export both again",
-                name, record.key.c_str(),
-                found.error() == Error::NotFound ? "no such key"
-                                                 : executorch::runtime::to_string(found.error()));
+    return fail(
+        Error::InvalidExternalData,
+        "constant %s: expected key %s in the .pte or its .ptd, found %s; give the .ptd that "
+        "was written together with this .pte, or export both again",
+        name, record.key.c_str(),
+        found.error() == Error::NotFound ? "no such key"
+                                         : executorch::runtime::to_string(found.error()));
   if (found->size() != record.nbytes)
     return fail(Error::InvalidExternalData,
                 "constant %s: expected %" PRIu64

@@ -144,11 +144,10 @@ Error DelegateMethod::check_nested(const Program& program) const {
     for (const LinearRecord& linear : blob_.linears) {
       if (call.qdata != key(linear.qdata)) continue;
       same_weight = &linear;
-      agrees = agrees || (call.scale == key(linear.scale) &&
-                          call.zero_point == key(linear.zero_point) &&
-                          call.meta == key(linear.meta) && call.group_size == linear.group_size &&
-                          call.layout_tag == linear.layout_tag &&
-                          call.activation == linear.activation);
+      agrees =
+          agrees || (call.scale == key(linear.scale) && call.zero_point == key(linear.zero_point) &&
+                     call.meta == key(linear.meta) && call.group_size == linear.group_size &&
+                     call.layout_tag == linear.layout_tag && call.activation == linear.activation);
     }
     if (same_weight == nullptr)
       return fail(Error::InvalidProgram,
@@ -227,7 +226,8 @@ Error DelegateMethod::place_mutable_buffers() {
                   name.c_str(), device_->name(), nbytes);
     allocations_.push_back(memory);
     mutable_buffers_.push_back({memory, nbytes});
-    const Error error = executorch::runtime::internal::set_tensor_data(tensor.get(), memory, nbytes);
+    const Error error =
+        executorch::runtime::internal::set_tensor_data(tensor.get(), memory, nbytes);
     if (error != Error::Ok) return error;
   }
   return reset();
@@ -275,12 +275,12 @@ Error DelegateMethod::bind_input(size_t i, const EValue& value) {
     return fail(Error::InvalidArgument, "input %zu: expected dtype %s, got %s", i,
                 dtype_name(DType(expected.scalar_type())), dtype_name(DType(given.scalar_type())));
   if (given_view.ndim != expected_view.ndim ||
-      !std::equal(given.dim_order().begin(), given.dim_order().end(),
-                  expected.dim_order().begin()))
-    return fail(Error::InvalidArgument,
-                "input %zu: expected %d dimensions in the order of memory it was exported with, got "
-                "%s in another; pass x.contiguous()",
-                i, expected_view.ndim, ShapeText(given_view).text);
+      !std::equal(given.dim_order().begin(), given.dim_order().end(), expected.dim_order().begin()))
+    return fail(
+        Error::InvalidArgument,
+        "input %zu: expected %d dimensions in the order of memory it was exported with, got "
+        "%s in another; pass x.contiguous()",
+        i, expected_view.ndim, ShapeText(given_view).text);
   const Error error = method_->set_input(value, i);
   if (error != Error::Ok)
     return fail_unless_explained(error,
@@ -301,13 +301,14 @@ Error DelegateMethod::bind_output(size_t i, EValue& value) {
                 dtype_name(DType(nested.scalar_type())), dtype_name(DType(given.scalar_type())));
   if (!output.bindable) return Error::Ok;
   // The caller's tensor has the sizes of the last call; its memory is planned for the greatest ones.
-  const Error error = executorch::runtime::resize_tensor(
-      given, {output.max_sizes.data(), output.max_sizes.size()});
+  const Error error =
+      executorch::runtime::resize_tensor(given, {output.max_sizes.data(), output.max_sizes.size()});
   if (error != Error::Ok || given.const_data_ptr() == nullptr)
-    return fail(Error::InvalidArgument,
-                "output %zu: expected memory for %zu bytes, got less; the .pte is damaged, export it "
-                "again",
-                i, output.max_nbytes);
+    return fail(
+        Error::InvalidArgument,
+        "output %zu: expected memory for %zu bytes, got less; the .pte is damaged, export it "
+        "again",
+        i, output.max_nbytes);
   return method_->set_output_data_ptr(given.mutable_data_ptr(), output.max_nbytes, i);
 }
 
@@ -321,10 +322,11 @@ Error DelegateMethod::hand_over(size_t i, EValue& value) {
   Tensor& to = value.toTensor();
   const Error error = executorch::runtime::resize_tensor(to, from.sizes());
   if (error != Error::Ok)
-    return fail(Error::InvalidArgument,
-                "output %zu: the result does not fit the memory planned for it; run with at most the "
-                "sizes the model was exported for",
-                i);
+    return fail(
+        Error::InvalidArgument,
+        "output %zu: the result does not fit the memory planned for it; run with at most the "
+        "sizes the model was exported for",
+        i);
   // The same pointer but where the result is a view, an input, a constant or a cache.
   if (from.const_data_ptr() == to.const_data_ptr() || from.nbytes() == 0) return Error::Ok;
   if (to.const_data_ptr() == nullptr || from.const_data_ptr() == nullptr)
@@ -335,10 +337,11 @@ Error DelegateMethod::hand_over(size_t i, EValue& value) {
 Error DelegateMethod::execute(Span<EValue*> args) {
   const size_t n_inputs = method_->inputs_size();
   if (args.size() != n_inputs + outputs_.size())
-    return fail(Error::InvalidProgram,
-                "delegate call: expected %zu inputs and %zu outputs, got %zu arguments; the .pte is "
-                "damaged, export it again",
-                n_inputs, outputs_.size(), args.size());
+    return fail(
+        Error::InvalidProgram,
+        "delegate call: expected %zu inputs and %zu outputs, got %zu arguments; the .pte is "
+        "damaged, export it again",
+        n_inputs, outputs_.size(), args.size());
   for (size_t i = 0; i < n_inputs; ++i) {
     const Error error = bind_input(i, *args[i]);
     if (error != Error::Ok) return error;

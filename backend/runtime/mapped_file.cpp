@@ -24,7 +24,7 @@ Error MappedFile::open(const char* path) {
   if (fd < 0)
     return fail(Error::AccessFailed, "%s: expected a file to read, got: %s", path,
                 std::strerror(errno));
-  struct stat info {};
+  struct stat info{};
   void* mapped = MAP_FAILED;
   const char* problem = nullptr;
   if (fstat(fd, &info) != 0) {

@@ -68,10 +68,11 @@ Error Model::Impl::open_files(const char* path, const char* data_path, bool veri
   pte_loader.emplace(pte.data(), pte_body.nbytes);
   auto loaded = Program::load(&*pte_loader, Program::Verification::InternalConsistency);
   if (!loaded.ok())
-    return fail(loaded.error(),
-                "%s: expected an ExecuTorch program, got %s; the .pte is truncated or damaged, export "
-                "it again",
-                path, executorch::runtime::to_string(loaded.error()));
+    return fail(
+        loaded.error(),
+        "%s: expected an ExecuTorch program, got %s; the .pte is truncated or damaged, export "
+        "it again",
+        path, executorch::runtime::to_string(loaded.error()));
   program.emplace(std::move(loaded.get()));
   source.program = &*program;
   return Error::Ok;

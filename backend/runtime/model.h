@@ -21,7 +21,6 @@
 
 #include "../kernels/tensor_view.h"
 #include "visibility.h"
-#include "visibility.h"
 
 namespace cuda_int4 {
 

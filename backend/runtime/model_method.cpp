@@ -37,7 +37,9 @@ bool is_number(Tag tag) { return tag == Tag::Int || tag == Tag::Double || tag ==
 /// A number as the interface shows it; None, which a dynamic int is, as an int.
 TensorView number_info(Tag tag) {
   TensorView view{};
-  view.dtype = tag == Tag::Double ? DType::kFloat64 : tag == Tag::Bool ? DType::kBool : DType::kInt64;
+  view.dtype = tag == Tag::Double ? DType::kFloat64
+               : tag == Tag::Bool ? DType::kBool
+                                  : DType::kInt64;
   make_contiguous(&view);
   return view;
 }
@@ -143,10 +145,11 @@ Error ModelMethod::describe() {
     if (input.tag == Tag::Tensor) {
       const Result<TensorInfo> info = meta.input_tensor_meta(i);
       if (!info.ok() || !tensor_info(info.get(), &input.info, &input.contiguous))
-        return fail(Error::NotSupported,
-                    "method %s: input %zu has a dtype or number of dimensions that this runtime does "
-                    "not carry",
-                    name_.c_str(), i);
+        return fail(
+            Error::NotSupported,
+            "method %s: input %zu has a dtype or number of dimensions that this runtime does "
+            "not carry",
+            name_.c_str(), i);
     } else if (is_number(input.tag)) {
       input.info = number_info(input.tag);
     }
@@ -169,8 +172,8 @@ Error ModelMethod::describe() {
         output.own = host_->allocate(output.info.nbytes);
         if (output.own == nullptr)
           return fail(Error::MemoryAllocationFailed,
-                      "method %s: no %" PRIu64 " bytes of memory left for output %zu", name_.c_str(),
-                      output.info.nbytes, i);
+                      "method %s: no %" PRIu64 " bytes of memory left for output %zu",
+                      name_.c_str(), output.info.nbytes, i);
         allocations_.push_back(output.own);
         const Error error = method_->set_output_data_ptr(output.own, output.info.nbytes, i);
         if (error != Error::Ok) return error;
@@ -187,8 +190,9 @@ Error ModelMethod::set_input(size_t i, const TensorView& view) {
     return fail(Error::InvalidArgument, "%s: input %zu: expected a tensor, got none", name_.c_str(),
                 i);
   if (view.dtype != expected.info.dtype)
-    return fail(Error::InvalidArgument, "%s: input %zu: expected dtype %s, got %s; convert it with .to()",
-                name_.c_str(), i, dtype_name(expected.info.dtype), dtype_name(view.dtype));
+    return fail(Error::InvalidArgument,
+                "%s: input %zu: expected dtype %s, got %s; convert it with .to()", name_.c_str(), i,
+                dtype_name(expected.info.dtype), dtype_name(view.dtype));
   if (view.ndim != expected.info.ndim)
     return fail(Error::InvalidArgument,
                 "%s: input %zu: expected %d dimensions (at most %s), got %s", name_.c_str(), i,
@@ -198,7 +202,8 @@ Error ModelMethod::set_input(size_t i, const TensorView& view) {
       fail(check_contiguous({name_.c_str(), "each input", "pass x.contiguous()"}, view, &numel));
   if (invalid != Error::Ok) return invalid;
   if (numel > 0 && view.data == nullptr)
-    return fail(Error::InvalidArgument, "%s: input %zu: expected data, got nullptr", name_.c_str(), i);
+    return fail(Error::InvalidArgument, "%s: input %zu: expected data, got nullptr", name_.c_str(),
+                i);
   if (!expected.contiguous)
     return fail(Error::NotSupported,
                 "%s: input %zu is not contiguous in the program; export with contiguous inputs",
@@ -238,8 +243,7 @@ Error ModelMethod::set_input(size_t i, const TensorView& view) {
   const Error error = method_->set_input(EValue(Tensor(&impl)), i);
   return error == Error::Ok
              ? error
-             : fail(error,
-                    "%s: input %zu: expected sizes it was exported for (at most %s), got %s",
+             : fail(error, "%s: input %zu: expected sizes it was exported for (at most %s), got %s",
                     name_.c_str(), i, ShapeText(expected.info).text, ShapeText(view).text);
 }
 

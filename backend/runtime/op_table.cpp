@@ -17,6 +17,7 @@ namespace {
 // Generic ops, forwarded to ExecuTorch's optimised or portable kernels. Left out on purpose: random
 // numbers (no seed in the graph), outputs whose shape hangs on data (nonzero, masked_select,
 // repeat_interleave), backward ops, and distances and transforms that no decoder or encoder has.
+// clang-format off
 constexpr const char* kAtenOps[] = {
     // elementwise, one operand
     "_conj_physical.out", "abs.out", "acos.out", "acosh.out", "asin.out", "asinh.out", "atan.out",
@@ -68,9 +69,12 @@ constexpr const char* kAtenOps[] = {
     "arange.out", "arange.start_out", "empty.out", "fill.Scalar_out", "fill.Tensor_out", "full.out",
     "full_like.out", "ones.out", "scalar_tensor.out", "zeros.out",
 };
+// clang-format on
 
 constexpr const char* kDimOrderOps[] = {
-    "_clone_dim_order.out", "_empty_dim_order.out", "_to_dim_order_copy.out",
+    "_clone_dim_order.out",
+    "_empty_dim_order.out",
+    "_to_dim_order_copy.out",
 };
 
 struct Forwarded {

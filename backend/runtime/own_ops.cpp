@@ -27,10 +27,11 @@ class Arguments {
   Arguments(const char* op, Span<EValue*> stack, size_t n_schema) : op_(op), stack_(stack) {
     // The emitter appends what an out variant returns, which is `out` again.
     if (stack.size() != n_schema && stack.size() != n_schema + 1)
-      error_ = fail(Error::InvalidProgram,
-                    "cuda_int4::%s: expected %zu arguments, got %zu; the .pte is damaged, export it "
-                    "again",
-                    op, n_schema, stack.size());
+      error_ =
+          fail(Error::InvalidProgram,
+               "cuda_int4::%s: expected %zu arguments, got %zu; the .pte is damaged, export it "
+               "again",
+               op, n_schema, stack.size());
   }
 
   Error error() const { return error_; }
@@ -120,8 +121,7 @@ Error run_on_cpu(KernelRuntimeContext& context, const Args& args, Status (*valid
   const Error invalid = fail(validate(args));
   if (invalid != Error::Ok) return invalid;
   ExecutionContext execution{DeviceKind::kCpu, nullptr, &parallel_for, nullptr, 0};
-  const uint64_t nbytes =
-      scratch_bytes == nullptr ? 0 : scratch_bytes(args, DeviceKind::kCpu);
+  const uint64_t nbytes = scratch_bytes == nullptr ? 0 : scratch_bytes(args, DeviceKind::kCpu);
   if (nbytes > 0) {
     constexpr size_t kAlign = 64;
     auto scratch = context.allocate_temp(nbytes, kAlign);
@@ -156,8 +156,7 @@ void linear_out(KernelRuntimeContext& context, Span<EValue*> stack) {
   if (a.error() == Error::Ok && planned.ndim > 0)
     args.y = a.out(9, args.x, planned.sizes[planned.ndim - 1]);
   if (a.error() != Error::Ok) return context.fail(a.error());
-  finish(context,
-         run_on_cpu(context, args, &validate_linear, &linear_scratch_bytes, &linear));
+  finish(context, run_on_cpu(context, args, &validate_linear, &linear_scratch_bytes, &linear));
 }
 
 // attention(q, k, v, mask?, scale, is_causal, *, out)
@@ -185,8 +184,7 @@ void rms_norm_out(KernelRuntimeContext& context, Span<EValue*> stack) {
   args.eps = a.number(2);
   args.y = a.out(3, args.x);
   if (a.error() != Error::Ok) return context.fail(a.error());
-  finish(context,
-         run_on_cpu<RmsNormArgs>(context, args, &validate_rms_norm, nullptr, &rms_norm));
+  finish(context, run_on_cpu<RmsNormArgs>(context, args, &validate_rms_norm, nullptr, &rms_norm));
 }
 
 // silu(x, *, out)

@@ -19,8 +19,16 @@ struct ProgramField {
   enum { kPlans = 1, kDelegateData = 3, kSegments = 4, kNamedData = 7 };
 };
 struct PlanField {
-  enum { kName = 0, kValues = 2, kInputs = 3, kOutputs = 4, kChains = 5, kOperators = 6,
-         kDelegates = 7, kBufferSizes = 8 };
+  enum {
+    kName = 0,
+    kValues = 2,
+    kInputs = 3,
+    kOutputs = 4,
+    kChains = 5,
+    kOperators = 6,
+    kDelegates = 7,
+    kBufferSizes = 8
+  };
 };
 struct ValueField {
   enum { kType = 0, kValue = 1 };
@@ -32,10 +40,25 @@ struct ExtraField {
   enum { kName = 1 };
 };
 enum KernelType : uint8_t {
-  kNull = 1, kInt, kBool, kDouble, kTensor, kString, kIntList, kDoubleList, kBoolList, kTensorList,
+  kNull = 1,
+  kInt,
+  kBool,
+  kDouble,
+  kTensor,
+  kString,
+  kIntList,
+  kDoubleList,
+  kBoolList,
+  kTensorList,
   kOptionalTensorList
 };
-enum InstructionType : uint8_t { kKernelCall = 1, kDelegateCall, kMoveCall, kJumpFalseCall, kFreeCall };
+enum InstructionType : uint8_t {
+  kKernelCall = 1,
+  kDelegateCall,
+  kMoveCall,
+  kJumpFalseCall,
+  kFreeCall
+};
 constexpr int kItems = 0;  // of every list value
 
 /// One program being checked; the first thing found wrong is what error() says.
@@ -49,7 +72,8 @@ class Checker {
     if (named.present() && !program_.vector(ProgramField::kSegments).present())
       return wrong("named data without segments");
     for (uint32_t i = 0; i < named.size(); ++i)
-      if (Table(named.offset(i)).string(0).data() == nullptr) return wrong("named data without key");
+      if (Table(named.offset(i)).string(0).data() == nullptr)
+        return wrong("named data without key");
     for (uint32_t i = 0; i < plans.size(); ++i) {
       MethodShape shape;
       const Error error = plan(Table(plans.offset(i)), &shape);
@@ -104,9 +128,9 @@ class Checker {
     for (uint32_t i = 0; i < chains.size(); ++i) {
       const Vector instructions = Table(chains.offset(i)).vector(2);
       for (uint32_t j = 0; j < instructions.size(); ++j) {
-        const Error error = instruction(Table(instructions.offset(j)), values.size(),
-                                        operators.size(), delegates.size(), instructions.size(),
-                                        shape);
+        const Error error =
+            instruction(Table(instructions.offset(j)), values.size(), operators.size(),
+                        delegates.size(), instructions.size(), shape);
         if (error != Error::Ok) return error;
       }
     }
@@ -243,11 +267,18 @@ Error program_linears(const void* data, std::vector<LinearCall>* out) {
         // linear(x, qdata, scale, zero_point?, meta?, bias?, group_size, layout_tag, activation, out)
         const Vector args = call.vector(1);
         if (args.size() < 10) return damaged();
-        const auto value = [&](uint32_t k) { return Table(values.offset(uint32_t(args.scalar<int32_t>(k)))); };
-        const auto type = [&](uint32_t k) { return value(k).template scalar<uint8_t>(ValueField::kType, 0); };
+        const auto value = [&](uint32_t k) {
+          return Table(values.offset(uint32_t(args.scalar<int32_t>(k))));
+        };
+        const auto type = [&](uint32_t k) {
+          return value(k).template scalar<uint8_t>(ValueField::kType, 0);
+        };
         const auto key = [&](uint32_t k) -> std::string_view {
           if (type(k) != kTensor) return {};
-          return value(k).table(ValueField::kValue).table(TensorField::kExtra).string(ExtraField::kName);
+          return value(k)
+              .table(ValueField::kValue)
+              .table(TensorField::kExtra)
+              .string(ExtraField::kName);
         };
         if (type(1) != kTensor || type(2) != kTensor || type(6) != kInt || type(7) != kString ||
             type(8) != kString)

@@ -77,10 +77,11 @@ Error check_file(const MappedFile& file, FileKind kind, bool verify, FileBody* o
   if (begins || ends) {
     if (!begins || !ends || load<uint32_t>(seal + 20) != 0 ||
         load<uint64_t>(seal + 8) != body.nbytes)
-      return fail(format.error,
-                  "%s: expected a seal over %" PRIu64
-                  " bytes, found one that is damaged; the %s is truncated or damaged, export it again",
-                  path, body.nbytes, format.name);
+      return fail(
+          format.error,
+          "%s: expected a seal over %" PRIu64
+          " bytes, found one that is damaged; the %s is truncated or damaged, export it again",
+          path, body.nbytes, format.name);
     if (verify) {
       const uint32_t expected = load<uint32_t>(seal + 16);
       const uint32_t found = checksum(file.data(), body.nbytes);
@@ -93,10 +94,11 @@ Error check_file(const MappedFile& file, FileKind kind, bool verify, FileBody* o
     }
   }
   if (std::memcmp(file.data() + 4, format.identifier, 4) != 0)
-    return fail(format.error,
-                "%s: expected an ExecuTorch %s (identifier %s), found another kind of file; give one "
-                "that cuda_int4.export wrote",
-                path, format.name, format.identifier);
+    return fail(
+        format.error,
+        "%s: expected an ExecuTorch %s (identifier %s), found another kind of file; give one "
+        "that cuda_int4.export wrote",
+        path, format.name, format.identifier);
   const uint64_t end = end_by_header(file, format);
   if (end > body.nbytes)
     return fail(format.error,

@@ -21,7 +21,7 @@ namespace cuda_int4 {
 enum class FileKind { kPte, kPtd };
 
 struct FileBody {
-  uint64_t nbytes = 0;  // the file without its seal
+  uint64_t nbytes = 0;    // the file without its seal
   bool verified = false;  // the seal's checksum was computed and agrees
 };
 

@@ -29,7 +29,7 @@ class TempArena final : public executorch::runtime::MemoryAllocator {
   Device& device_;
   uint8_t* block_ = nullptr;
   size_t block_bytes_ = 0;
-  size_t used_ = 0;        // of block_
+  size_t used_ = 0;  // of block_
   size_t apart_bytes_ = 0;
   std::vector<void*> apart_;
 };

@@ -1,0 +1,280 @@
+"""A .pte gives what eager gives, whatever its inputs and outputs are, here and in ExecuTorch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import cuda_int4
+import delegate_models as models
+from cuda_int4.model import explained
+from delegate_models import dim, make, rows, write
+
+
+@pytest.fixture(scope="module")
+def linear(tmp_path_factory):
+    model = make(models.Linear())
+    path = tmp_path_factory.mktemp("linear") / "model.pte"
+    return model, write(model, path, (rows(3),), ({0: dim()},))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    model = make(models.Cache())
+    path = tmp_path_factory.mktemp("cache") / "model.pte"
+    shapes = ({0: dim()}, {0: dim()})
+    return write(model, path, (rows(3), torch.arange(3)), shapes)
+
+
+@pytest.fixture
+def stock():
+    """executorch.runtime with our delegate in it."""
+    cuda_int4.load_runtime()
+    from executorch.runtime import Runtime
+
+    return Runtime.get()
+
+
+def assert_same(found, expected):
+    assert found.dtype == expected.dtype and found.shape == expected.shape
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_lengths_up_and_down(linear):
+    model, path = linear
+    loaded = cuda_int4.load(path)
+    for n in (3, 16, 1, 7, 16, 3):
+        (y,) = loaded.forward(rows(n))
+        assert_same(y, model(rows(n)))
+
+
+def test_lengths_up_and_down_in_executorch(linear, stock):
+    model, path = linear
+    method = stock.load_program(path).load_method("forward")
+    for n in (3, 16, 1, 7, 16, 3):
+        (y,) = method.execute([rows(n)])
+        assert_same(y, model(rows(n)))
+
+
+def test_outputs_are_copies(linear):
+    model, path = linear
+    loaded = cuda_int4.load(path)
+    (first,) = loaded.forward(rows(3))
+    loaded.forward(rows(3, seed=2))
+    loaded.close()
+    assert_same(first, model(rows(3)))
+
+
+def check_many_outputs(model, run):
+    for n in (2, 16, 1):
+        x = rows(n)
+        found, expected = run(x), model(x)
+        assert len(found) == len(expected)
+        for y, exact in zip(found, expected, strict=True):
+            if isinstance(exact, torch.Tensor):
+                assert_same(y, exact)
+            else:
+                assert int(y) == exact
+
+
+def test_outputs_that_are_inputs_views_constants_and_numbers(tmp_path, stock):
+    model = make(models.ManyOutputs())
+    path = write(model, tmp_path / "model.pte", (rows(3),), ({0: dim()},))
+    check_many_outputs(model, cuda_int4.load(path).forward)
+    method = stock.load_program(path).load_method("forward")
+    check_many_outputs(model, lambda x: method.execute([x]))
+
+
+def test_sizes_as_ints(tmp_path, stock):
+    model = make(models.TakesInt())
+    inputs = rows(4), torch.zeros(3)
+    path = write(model, tmp_path / "model.pte", inputs, (None, {0: dim(most=4)}))
+    loaded = cuda_int4.load(path)
+    method = stock.load_program(path).load_method("forward")
+    for n in (3, 1, 4, 2):
+        inputs = rows(4), torch.zeros(n)
+        assert_same(loaded.forward(*inputs)[0], model(*inputs))
+        assert_same(method.execute(list(inputs))[0], model(*inputs))
+
+
+def sums(run, calls=((3, 0), (1, 3), (8, 4))):
+    """What Cache gives over a conversation of (rows, position)."""
+    results = []
+    for n, start in calls:
+        results.append(run(rows(n, seed=start), torch.arange(start, start + n))[0].clone())
+    return results
+
+
+def assert_all_same(found, expected):
+    for y, exact in zip(found, expected, strict=True):
+        assert_same(y, exact)
+
+
+def test_a_cache_lives_from_call_to_call_and_starts_as_zeros(cache, stock):
+    model = make(models.Cache())
+    expected = sums(lambda *inputs: [model(*inputs)])
+    loaded = cuda_int4.load(cache)
+    assert_all_same(sums(loaded.forward), expected)
+    loaded.reset()
+    assert_all_same(sums(loaded.forward), expected)
+    method = stock.load_program(cache).load_method("forward")
+    assert_all_same(sums(lambda *inputs: method.execute(list(inputs))), expected)
+
+
+def test_two_models_of_one_file_share_no_state(cache):
+    one, two = cuda_int4.load(cache), cuda_int4.load(cache)
+    expected = sums(one.forward)
+    assert_all_same(sums(two.forward), expected)
+
+
+def test_two_threads_with_a_model_each(cache):
+    expected = sums(cuda_int4.load(cache).forward)
+    failures = []
+
+    def work():
+        try:
+            loaded = cuda_int4.load(cache)
+            for _ in range(20):
+                assert_all_same(sums(loaded.forward), expected)
+                loaded.reset()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_nodes_outside_the_delegate_run_on_executorch(tmp_path, stock):
+    model = make(models.Hybrid())
+    path = write(model, tmp_path / "model.pte", (rows(5),))
+    expected = model(rows(5))
+    loaded = cuda_int4.load(path)
+    torch.testing.assert_close(loaded.forward(rows(5))[0], expected, rtol=1e-4, atol=1e-3)
+    loaded.reset()
+    torch.testing.assert_close(loaded.forward(rows(5))[0], expected, rtol=1e-4, atol=1e-3)
+    found = stock.load_program(path).load_method("forward").execute([rows(5)])[0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(tmp_path, dtype):
+    torch.manual_seed(0)
+    model = models.Linear().to(dtype)
+    model = make(model)
+    x = rows(3).to(dtype)
+    path = write(model, tmp_path / "model.pte", (x,), ({0: dim()},))
+    (y,) = cuda_int4.load(path).forward(x)
+    assert y.dtype == dtype and torch.equal(y, model(x))
+
+
+def test_weights_in_a_file_of_their_own(tmp_path):
+    model = make(models.Linear())
+    path = write(model, tmp_path / "model.pte", (rows(3),), external_weights=True)
+    loaded = cuda_int4.load(path, path.with_suffix(".ptd"))
+    assert_same(loaded.forward(rows(3))[0], model(rows(3)))
+    unverified = cuda_int4.load(path, path.with_suffix(".ptd"), verify=False)
+    assert_same(unverified.forward(rows(3))[0], model(rows(3)))
+
+
+def test_a_file_that_the_plain_calls_wrote_has_no_seal_and_runs(tmp_path):
+    from executorch.exir import to_edge_transform_and_lower
+
+    model = make(models.Linear())
+    cuda_int4.prepare_(model)
+    exported = torch.export.export(model, (rows(3),))
+    partitioner = [cuda_int4.CudaInt4Partitioner()]
+    edge = to_edge_transform_and_lower(exported, partitioner=partitioner)
+    path = tmp_path / "plain.pte"
+    path.write_bytes(edge.to_executorch().buffer)
+    assert_same(cuda_int4.load(path).forward(rows(3))[0], model(rows(3)))
+
+
+def test_inputs_are_checked(linear):
+    _, path = linear
+    loaded = cuda_int4.load(path)
+    cases = [
+        ((), "expected 1 inputs, got 0"),
+        ((rows(3).double(),), "input 0: expected dtype float32, got float64"),
+        ((rows(17),), r"input 0: expected sizes it was exported for \(at most \[16, 64\]\)"),
+        ((rows(3)[0],), r"input 0: expected 2 dimensions \(at most \[16, 64\]\), got \[64\]"),
+        ((rows(3)[:, :32],), r"got \[3, 32\]"),
+        ((3,), "input 0: expected dtype float32, got int64"),
+    ]
+    for inputs, expected in cases:
+        with pytest.raises(cuda_int4._native.CudaInt4Error, match=expected):
+            loaded.forward(*inputs)
+    loaded.forward(rows(3))  # and it still runs
+
+
+def test_strided_inputs_are_made_contiguous(linear):
+    model, path = linear
+    x = rows(128)[:64].T[:5]
+    assert not x.is_contiguous()
+    assert_same(cuda_int4.load(path).forward(x)[0], model(x))
+
+
+def test_a_closed_model_says_so(linear):
+    with cuda_int4.load(linear[1]) as loaded:
+        assert loaded.methods == ("forward",)
+    with pytest.raises(ValueError, match="expected an open model, got a closed one"):
+        loaded.forward(rows(3))
+    loaded.close()
+    assert "closed" in repr(loaded)
+
+
+def test_devices(linear):
+    _, path = linear
+    assert cuda_int4.load(path, device="cpu").forward(rows(1))
+    with pytest.raises(RuntimeError, match='device "cuda": expected a build with CUDA kernels'):
+        cuda_int4.load(path, device="cuda")
+    with pytest.raises(RuntimeError, match='expected "auto", "cpu" or "cuda", got "tpu"'):
+        cuda_int4.load(path, device="tpu")
+
+
+def load_in_a_process(path, **environment):
+    code = (
+        "import sys; from cuda_int4._native import *; import ctypes; m = ctypes.c_void_p();"
+        "check(library().model_open(sys.argv[1].encode(), None, b'auto', 1, ctypes.byref(m)))"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code, str(path)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_the_environment_takes_the_place_of_auto(linear):
+    assert load_in_a_process(linear[1], CUDA_INT4_DEVICE="cpu").returncode == 0
+    refused = load_in_a_process(linear[1], CUDA_INT4_DEVICE="cuda")
+    assert refused.returncode != 0 and "expected a build with CUDA kernels" in refused.stderr
+
+
+def test_auto_says_what_it_chose_once(linear):
+    stderr = load_in_a_process(linear[1]).stderr
+    assert stderr.count("cuda_int4: device auto: the CPU") == 1
+
+
+def test_executorch_errors_get_their_reason(linear, stock):
+    _, path = linear
+    data = bytearray(path.read_bytes())
+    at = data.index(b"CUDAINT4")
+    data[at + 40] ^= 1
+    damaged = path.with_name("damaged.pte")
+    damaged.write_bytes(data)
+    with pytest.raises(cuda_int4._native.CudaInt4Error, match="delegate blob: expected checksum"):
+        with explained():
+            stock.load_program(damaged).load_method("forward")
+    with pytest.raises(RuntimeError, match="error 0x10"):  # not ours: left alone
+        with explained():
+            stock.load_program(path).load_method("forward").execute([rows(17)])
