@@ -99,8 +99,7 @@ def test_program_agrees_with_eager(tmp_path, activation):
     program = cuda_int4.load(path, device="cpu")
     found = byte_llama.agreement(model, program.forward, TEXT[: N_TOKENS - 1])
     assert found.n_tokens == N_TOKENS
-    # Two bfloat16 roundings of the greatest logit: nearer than that, eager's top two are a tie.
-    assert found.widest_margin <= 2 * found.greatest_logit * 2**-8, found
+    assert found.widest_margin_steps <= 2, found  # each side rounds: nearer than that is a tie
 
 
 def test_program_agrees_with_eager_in_float32(tmp_path):
@@ -110,7 +109,7 @@ def test_program_agrees_with_eager_in_float32(tmp_path):
     program = cuda_int4.load(path, device="cpu")
     found = byte_llama.agreement(model, program.forward, TEXT[: N_TOKENS - 1])
     assert found.greatest_difference <= 1e-4 * found.greatest_logit, found
-    assert found.widest_margin <= 1e-4 * found.greatest_logit, found
+    assert found.n_equal == found.n_tokens, found
 
 
 def test_executorchs_llama_agrees_with_eager(tmp_path):

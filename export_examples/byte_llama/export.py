@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -78,40 +77,47 @@ class Agreement:
     n_equal: int  # positions where both put the same byte first
     first_difference: int | None  # the first position where they do not
     widest_margin: float  # how far eager's top two lie apart, at most, where they do not
+    widest_margin_steps: float  # the same in steps of the logits' dtype, up to 2 being rounding
     greatest_difference: float  # between two logits
     greatest_logit: float
 
 
 @torch.no_grad()
-def agreement(model: ByteLlama, forward: Forward, text: bytes, prefill: int = 64) -> Agreement:
-    """Feed ``text`` to both: the first ``prefill`` bytes at once, the others one by one.
+def agreement(model: ByteLlama, forward: Forward, text: bytes, chunk: int = 64) -> Agreement:
+    """Feed ``text`` to both, and compare the logits of every position.
+
+    The eager model reads ``chunk`` bytes at a time; so does the program with the first chunk, and
+    then it decodes byte by byte.
 
     Args:
         model: the eager model, with a cache.
         forward: of the program: (tokens, input_pos) -> [logits].
         text: at most as many bytes as the cache has positions, less one.
-        prefill: bytes of the first call.
+        chunk: bytes of one eager call.
     """
     model.reset()
-    tokens = torch.tensor([[0, *text]])
-    cuts = [0, *range(min(prefill, len(text)), len(text) + 2)]
-    result = Agreement(0, 0, None, 0.0, 0.0, 0.0)
-    for start, end in itertools.pairwise(cuts):
-        input_pos = torch.arange(start, end)
-        eager = model(tokens[:, start:end], input_pos)[0].float()
-        ours = forward(tokens[:, start:end], input_pos)[0][0].float()
-        result.greatest_difference = max(
-            result.greatest_difference, float((ours - eager).abs().max())
-        )
+    tokens = torch.tensor([0, *text])
+    result = Agreement(0, 0, None, 0.0, 0.0, 0.0, 0.0)
+    for input_pos in torch.arange(len(tokens)).split(chunk):
+        logits = model(tokens[None, input_pos], input_pos)[0]
+        calls = input_pos.split(chunk if input_pos[0] == 0 else 1)
+        ours = torch.cat([forward(tokens[None, call], call)[0][0].float() for call in calls])
+        eager = logits.float()
+        difference = float((ours - eager).abs().max())
+        result.greatest_difference = max(result.greatest_difference, difference)
         result.greatest_logit = max(result.greatest_logit, float(eager.abs().max()))
         differs = ours.argmax(-1) != eager.argmax(-1)
-        if differs.any():
-            top = eager[differs].topk(2).values
-            result.widest_margin = max(result.widest_margin, float((top[:, 0] - top[:, 1]).max()))
-            if result.first_difference is None:
-                result.first_difference = start + int(differs.nonzero()[0])
-        result.n_tokens += end - start
-        result.n_equal += end - start - int(differs.sum())
+        result.n_tokens += len(input_pos)
+        result.n_equal += len(input_pos) - int(differs.sum())
+        if not differs.any():
+            continue
+        if result.first_difference is None:
+            result.first_difference = int(input_pos[differs][0])
+        top = eager[differs].topk(2).values
+        margin = top[:, 0] - top[:, 1]
+        step = 2.0 ** top.abs().amax(1).log2().floor() * torch.finfo(logits.dtype).eps
+        result.widest_margin = max(result.widest_margin, float(margin.max()))
+        result.widest_margin_steps = max(result.widest_margin_steps, float((margin / step).max()))
     return result
 
 
