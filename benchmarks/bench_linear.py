@@ -126,7 +126,7 @@ def ours(activation: str, x: Tensor, weight: Weight, rotate_bytes: int) -> Candi
 
 
 def int8_rounded(x: Tensor) -> Tensor:
-    """x as w4a8 sees it, in float64: per 32 values, max|x| / 127 times an int8."""
+    """X as w4a8 sees it, in float64: per 32 values, max|x| / 127 times an int8."""
     groups = x.float().unflatten(-1, (-1, 32))
     step = groups.abs().amax(-1, keepdim=True) / 127
     codes = torch.where(step > 0, (groups / step).round().clamp(-127, 127), 0)
@@ -134,7 +134,7 @@ def int8_rounded(x: Tensor) -> Tensor:
 
 
 def torch_int4(x: Tensor, weight: Weight, rotate_bytes: int) -> Candidate:
-    """torch's own int4 CPU kernel: w = (q - 8) * scale + zero, in bfloat16."""
+    """Torch's own int4 CPU kernel: w = (q - 8) * scale + zero, in bfloat16."""
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(weight.codes.int(), 2)
     zero = (8 - weight.zero_point.float()) * weight.scale.float()
     scale_and_zero = torch.stack([weight.scale.float(), zero], -1).transpose(0, 1).bfloat16()
@@ -181,7 +181,9 @@ def make_candidate(name: str, x: Tensor, weight: Weight, rotate_bytes: int) -> C
 def time_turns(candidates: Sequence[Candidate], turns: int) -> dict[str, list[float]]:
     """Microseconds of each timed call, the candidates taking turns."""
     times: dict[str, list[float]] = {candidate.name: [] for candidate in candidates}
-    next_copy = {candidate.name: itertools.cycle(range(candidate.n_copies)) for candidate in candidates}
+    next_copy = {
+        candidate.name: itertools.cycle(range(candidate.n_copies)) for candidate in candidates
+    }
     for _ in range(turns):
         for candidate in candidates:
             time.sleep(PAUSE_S)
@@ -274,7 +276,9 @@ def run(options: argparse.Namespace, out: TextIO) -> bool:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="bench_linear", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="bench_linear",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--device", choices=["cpu"], default="cpu", help="where to run")
     parser.add_argument(
