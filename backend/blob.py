@@ -99,15 +99,9 @@ def pack_blob(blob: DelegateBlob) -> bytes:
         records += _string(constant.name) + _string(constant.key)
         records += struct.pack("<II", constant.dtype, len(constant.sizes))
         records += struct.pack(f"<{len(constant.sizes)}Q", *constant.sizes)
-        records += struct.pack(
-            "<QII", constant.nbytes, constant.alignment, constant.checksum
-        )
+        records += struct.pack("<QII", constant.nbytes, constant.alignment, constant.checksum)
     for linear in blob.linears:
-        records += (
-            _string(linear.name)
-            + _string(linear.layout_tag)
-            + _string(linear.activation)
-        )
+        records += _string(linear.name) + _string(linear.layout_tag) + _string(linear.activation)
         records += struct.pack("<QQQ", linear.N, linear.K, linear.group_size)
         records += struct.pack(
             "<5i",
@@ -120,9 +114,7 @@ def pack_blob(blob: DelegateBlob) -> bytes:
     for op in blob.ops:
         records += _string(op)
     records_end = _HEADER.size + len(records)
-    program_offset = (
-        -(-records_end // _PROGRAM_ALIGNMENT_BYTES) * _PROGRAM_ALIGNMENT_BYTES
-    )
+    program_offset = -(-records_end // _PROGRAM_ALIGNMENT_BYTES) * _PROGRAM_ALIGNMENT_BYTES
     header = _HEADER.pack(
         MAGIC,
         FORMAT_VERSION,
@@ -135,9 +127,7 @@ def pack_blob(blob: DelegateBlob) -> bytes:
         len(blob.ops),
         0,
     )
-    packed = bytearray(
-        header + records + bytes(program_offset - records_end) + blob.program
-    )
+    packed = bytearray(header + records + bytes(program_offset - records_end) + blob.program)
     struct.pack_into("<I", packed, 12, checksum(memoryview(packed)[_CHECKED_FROM:]))
     return bytes(packed)
 
@@ -184,10 +174,7 @@ def unpack_blob(data: bytes | memoryview) -> DelegateBlob:
             f"delegate blob: expected checksum {expected_checksum:08x}, got {found_checksum:08x}; "
             "the file is damaged, export it again"
         )
-    if (
-        program_offset % _PROGRAM_ALIGNMENT_BYTES
-        or program_offset + program_nbytes != nbytes
-    ):
+    if program_offset % _PROGRAM_ALIGNMENT_BYTES or program_offset + program_nbytes != nbytes:
         raise ValueError(
             f"delegate blob: expected a program that ends at {nbytes}, got offset "
             f"{program_offset} and {program_nbytes} bytes; the file is damaged, export it again"

@@ -108,9 +108,7 @@ def _register(library: torch.library.Library, op: str) -> None:
 
     def functional(*args):  # type: ignore[no-untyped-def]
         check_devices(args)
-        out = torch.empty(
-            _OUT_SHAPES[op](*args), dtype=args[0].dtype, device=args[0].device
-        )
+        out = torch.empty(_OUT_SHAPES[op](*args), dtype=args[0].dtype, device=args[0].device)
         return _run(op, args, out)
 
     def out_variant(*args, out):  # type: ignore[no-untyped-def]

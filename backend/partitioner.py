@@ -31,7 +31,6 @@ from torch.fx import Node
 from torch.fx.passes.infra.partitioner import CapabilityBasedPartitioner
 from torch.fx.passes.operator_support import OperatorSupportBase
 
-from . import ops as _ops  # noqa: F401  registers torch.ops.cuda_int4
 from ._native import DTYPE_NUMBERS, supported_ops
 from .layouts import ACTIVATIONS, choose_layout
 from .nested_program import operator_name

@@ -18,7 +18,6 @@ from executorch.exir.backend.backend_details import BackendDetails, PreprocessRe
 from executorch.exir.backend.compile_spec_schema import CompileSpec
 from torch.export import ExportedProgram
 
-from . import ops as _ops  # noqa: F401  registers torch.ops.cuda_int4
 from ._native import checksum, supported_ops
 from .blob import (
     CONSTANT_ALIGNMENT_BYTES,

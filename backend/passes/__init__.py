@@ -9,6 +9,7 @@ from __future__ import annotations
 from executorch.exir.pass_base import ExportedProgramPassBase
 from torch.export import ExportedProgram
 
+from .. import ops as _ops  # noqa: F401  registers torch.ops.cuda_int4
 from .assign_layout import AssignLayoutPass
 from .fold_dequantize import FoldDequantizePass
 from .pack_weights import PackWeightsPass

@@ -170,7 +170,7 @@ def replace(old: Node, new: Node) -> None:
 
 
 def args_of(node: Node) -> tuple[Any, ...]:
-    """A node's arguments in the order of the op's schema: keyword ones and defaults in their place."""
+    """A node's arguments in the order of the schema: keyword ones and defaults in their place."""
     op = op_of(node)
     assert isinstance(op, torch._ops.OpOverload), f"{node} calls no torch.ops overload"
     values = []

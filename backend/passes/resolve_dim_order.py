@@ -49,7 +49,7 @@ class ResolveDimOrderPass(ExportedProgramPassBase):
 
 
 def plain_op(node: Node) -> torch._ops.OpOverload | None:
-    """The aten op that does the same where all is contiguous; None: no dim-order copy, or not so."""
+    """The aten op that does the same where all is contiguous; None: another node, or it is not."""
     name = op_name(node)
     if name not in (
         "dim_order_ops::_to_dim_order_copy",
