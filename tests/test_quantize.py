@@ -72,7 +72,7 @@ def test_min_max_error_is_within_its_step_and_hqq_is_nowhere_worse(
     else:
         base = errors(w, quantize_weight(w, Int4Config(group_size, symmetric)))
         ours = errors(w, packed)
-        assert ((ours**0.7).mean(-1) <= (base**0.7).mean(-1) * (1 + 1e-5)).all()
+        assert ((ours**0.75).mean(-1) <= (base**0.75).mean(-1) * (1 + 1e-5)).all()
         assert ((ours**2).mean(-1) <= (base**2).mean(-1) * (1 + 1e-5)).all()
 
 
