@@ -99,7 +99,9 @@ def test_program_agrees_with_eager(tmp_path, activation):
     program = cuda_int4.load(path, device="cpu")
     found = byte_llama.agreement(model, program.forward, TEXT[: N_TOKENS - 1])
     assert found.n_tokens == N_TOKENS
-    assert found.widest_margin_steps <= 2, found  # each side rounds: nearer than that is a tie
+    # Rounding activations to bfloat16 alone moves a logit by up to 0.19, some 6 steps at that size.
+    assert found.widest_margin_steps <= 4, found
+    assert found.greatest_difference <= 0.4, found
 
 
 def test_program_agrees_with_eager_in_float32(tmp_path):
