@@ -4,6 +4,7 @@ Most of it decodes from HistoryModel, whose every token depends on all those bef
 """
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -379,12 +380,32 @@ def test_a_file_that_is_no_program_exits_with_1_and_the_reason(history, tmp_path
 # ---- memory ----
 
 
-def test_decoding_does_not_grow_memory():
+def test_decoding_does_not_grow_memory(llama):
     """The small form of ``python tests/soak_decode.py --tokens 100000``."""
     script = Path(__file__).with_name("soak_decode.py")
-    command = [sys.executable, str(script), "--tokens", "4000"]
+    command = [sys.executable, str(script), "--tokens", "4000", "--model", str(llama)]
     done = subprocess.run(command, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stdout.decode() + done.stderr.decode()
+
+
+@pytest.mark.parametrize("options", [[], ["--temperature", "1", "--top-k", "40", "--top-p", "0.9"]])
+def test_a_token_allocates_nothing(llama, tmp_path, options):
+    """As many allocations for 40 new tokens as for 10, whatever the rest of a run needs."""
+    source = Path(__file__).parent / "cpp" / "count_allocations.cpp"
+    counter = tmp_path / "count_allocations.so"
+    compiler = os.environ.get("CXX", "c++")
+    command = [compiler, "-shared", "-fPIC", "-O1", str(source), "-o", str(counter), "-ldl"]
+    subprocess.run(command, check=True)
+
+    def count(max_new: int) -> int:
+        file = tmp_path / "count.txt"
+        environment = {**os.environ, "LD_PRELOAD": str(counter), "COUNT_ALLOCATIONS": str(file)}
+        arguments = ["--tokens", ids(PROMPT), "--max-new", max_new, "--threads", 1, *options]
+        run(llama, *arguments, env=environment)
+        return int(file.read_text())
+
+    assert count(10) > 100  # the counter counts
+    assert count(40) == count(10)
 
 
 def test_the_toy_has_no_tie_that_would_make_greedy_a_matter_of_luck():

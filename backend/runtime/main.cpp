@@ -358,6 +358,8 @@ int run(const Options& options) {
   const bool as_text = options.is_text && !options.print_tokens;
 
   std::vector<int64_t> chosen;
+  constexpr int64_t kMaxReserve = int64_t{1} << 20;  // the file's word for the context is no limit
+  chosen.reserve(static_cast<size_t>(std::min(decoder->info().max_context_len, kMaxReserve)));
   GenerateCallbacks callbacks;
   callbacks.on_prefill = [](int64_t) { return !interrupted.load(std::memory_order_relaxed); };
   callbacks.on_token = [&](int64_t token) {
