@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -215,12 +216,9 @@ def explained() -> Iterator[None]:
 
 
 def _code_in(text: str) -> int:
-    """The error number in executorch's "... error: 0x30"; 1 (Internal) where there is none."""
-    _, found, digits = text.rpartition("0x")
-    try:
-        return int(digits.split()[0].rstrip(".,;:)"), 16) if found else 1
-    except (ValueError, IndexError):
-        return 1
+    """The number in executorch's "error: 0x:30" or "error 0x30"; 1 (Internal) where there is none."""
+    found = re.search(r"0x:?([0-9a-fA-F]+)", text)
+    return int(found[1], 16) if found else 1
 
 
 def _number(value: int | float | bool) -> torch.Tensor:

@@ -45,6 +45,17 @@ class ManyOutputs(Linear):
         return x, y, y.view(-1, K), y + 1, self.constant, x.shape[0], x[:, :4]
 
 
+class Offset(Linear):
+    """A dense constant of 48 floats in the delegate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("offset", torch.linspace(-1, 1, 48))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x) + self.offset
+
+
 class TakesInt(Linear):
     """A size that comes in from outside the delegate as an int."""
 

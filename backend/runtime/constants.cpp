@@ -27,23 +27,24 @@ Constants::~Constants() {
 }
 
 Error Constants::place(const NamedDataMap* store, bool verify_checksums) {
+  for (const ConstantRecord& record : records_) {
+    const ConstantRecord& first = records_[find(record.key)];
+    if (record.nbytes != first.nbytes || record.checksum != first.checksum)
+      return fail(
+          Error::InvalidProgram,
+          "constant %s: expected the size and checksum of %s, whose key it has, got others; "
+          "the .pte is damaged, export it again",
+          record.name.c_str(), first.name.c_str());
+  }
   placed_.reserve(records_.size());  // a Placed cannot be moved by assignment
   for (size_t i = 0; i < records_.size(); ++i) {
-    const ConstantRecord& record = records_[i];
+    const size_t first = find(records_[i].key);
     placed_.emplace_back();
-    Placed& placed = placed_.back();
-    const size_t first = find(record.key);
     if (first < i) {  // two names of one constant, such as tied weights
-      const ConstantRecord& other = records_[first];
-      if (record.nbytes != other.nbytes || record.checksum != other.checksum)
-        return fail(Error::InvalidProgram,
-                    "constant %s: expected the size and checksum of %s, whose key it has, got "
-                    "others; the .pte is damaged, export it again",
-                    record.name.c_str(), other.name.c_str());
-      placed.data = placed_[first].data;
+      placed_.back().data = placed_[first].data;
       continue;
     }
-    const Error error = place_one(record, store, verify_checksums, &placed);
+    const Error error = place_one(records_[i], store, verify_checksums, &placed_.back());
     if (error != Error::Ok) return error;
   }
   return Error::Ok;

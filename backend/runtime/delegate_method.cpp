@@ -102,8 +102,11 @@ Error DelegateMethod::check_linears() const {
     args.layout_tag = linear.layout_tag.c_str();
     args.activation = linear.activation.c_str();
     args.name = linear.name.c_str();
-    const Error error = fail(validate_linear_weight(args));
-    if (error != Error::Ok) return error;
+    const Status status = validate_linear_weight(args);
+    // Parts that disagree are the caller's mistake in eager; here they are the file's.
+    if (status.code == StatusCode::kInvalidArgument)
+      return fail(Error::InvalidProgram, "%s", status.message);
+    if (!status.ok()) return fail(status);
     // Every layout so far keeps a row of qdata and of scale per output feature.
     const int64_t n_scales =
         int64_t(blob_.constants[size_t(linear.scale)].nbytes) / dtype_bytes(args.scale.dtype);
