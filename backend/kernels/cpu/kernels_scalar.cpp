@@ -32,13 +32,13 @@ int code(const LinearJob& job, int64_t n, int64_t k) {
 }
 
 struct Group {
-  double scale, zero_point;
+  float scale, zero_point;
 };
 
 Group group_of(const LinearJob& job, int64_t n, int64_t k) {
   const int64_t at = n * (job.K / job.group_size) + k / job.group_size;
   return {element(job.scale, job.scale_dtype, at),
-          job.zero_point == nullptr ? 8.0 : element(job.zero_point, job.zero_point_dtype, at)};
+          job.zero_point == nullptr ? 8.f : element(job.zero_point, job.zero_point_dtype, at)};
 }
 
 // sum_k x[k] * (q[k] - zero_point) * scale
@@ -46,8 +46,8 @@ double dot_w4a16(const LinearJob& job, int64_t m, int64_t n) {
   double sum = 0;
   for (int64_t k = 0; k < job.K; ++k) {
     const Group group = group_of(job, n, k);
-    sum += element(job.x, job.dtype, m * job.K + k) * (code(job, n, k) - group.zero_point) *
-           group.scale;
+    const float w = (static_cast<float>(code(job, n, k)) - group.zero_point) * group.scale;
+    sum += static_cast<double>(element(job.x, job.dtype, m * job.K + k)) * w;
   }
   return sum;
 }
@@ -73,8 +73,8 @@ double dot_w4a8(const LinearJob& job, int64_t m, int64_t n) {
       a_sum += a;
     }
     const Group group = group_of(job, n, k0);
-    const double term = static_cast<double>(dot) - group.zero_point * static_cast<double>(a_sum);
-    sum += s_x * group.scale * term;
+    const double zero_point = group.zero_point, scale = group.scale;
+    sum += s_x * scale * (static_cast<double>(dot) - zero_point * static_cast<double>(a_sum));
   }
   return sum;
 }

@@ -1,0 +1,114 @@
+"""The kernels' C entry points on a stated instruction set (kernels/cpu/run_with_isa.cpp)."""
+
+import ctypes
+import functools
+
+import torch
+from torch import Tensor
+
+from cuda_int4 import _native
+
+ISAS = ("scalar", "avx2", "avx512", "avx512bf16")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+OK, INVALID_ARGUMENT, INCOMPATIBLE_LAYOUT, UNSUPPORTED = 0, 1, 2, 3
+
+
+class Status(ctypes.Structure):
+    """kernels/tensor_view.h Status."""
+
+    _fields_ = [("code", ctypes.c_int32), ("message", ctypes.c_char * 1020)]
+
+
+def run(op: str, args: ctypes.Structure, isa: str = "scalar") -> tuple[int, str]:
+    """Status code and message of one op."""
+    status = Status()
+    entry = _native.library().cuda_int4_run_with_isa
+    entry(op.encode(), ctypes.byref(args), isa.encode(), ctypes.byref(status))
+    return status.code, status.message.decode()
+
+
+@functools.cache
+def available_isas() -> tuple[str, ...]:
+    """Those of this machine, so that tests are made for what can run and none is skipped."""
+    empty = _native.SiluArgs(*[_native.tensor_view(torch.empty(0))] * 2)
+    return tuple(isa for isa in ISAS if run("silu", empty, isa)[0] == OK)
+
+
+def poisoned(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """An output full of NaN, and the NaN that lies behind it and has to stay."""
+    numel = torch.Size(shape).numel()
+    whole = torch.full((numel + 64,), float("nan"), dtype=dtype)
+    return whole[:numel].view(shape), whole[numel:]
+
+
+def finish(op: str, args: ctypes.Structure, isa: str, y: Tensor, guard: Tensor) -> Tensor:
+    """Run it, expecting success and nothing written behind y."""
+    code, message = run(op, args, isa)
+    assert (code, message) == (OK, "")
+    assert guard.isnan().all(), f"{op} on {isa} wrote behind its output"
+    return y
+
+
+def linear(
+    x: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    group_size: int,
+    *,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    isa: str = "scalar",
+) -> Tensor:
+    """Output of cuda_int4::linear."""
+    y, guard = poisoned((*x.shape[:-1], qdata.shape[0]), x.dtype)
+    views = [_native.tensor_view(t) for t in (x, qdata, scale, zero_point, None, bias, y)]
+    tag, activation_bytes = b"coalesced.v1", activation.encode()
+    args = _native.LinearArgs(*views, group_size, tag, activation_bytes, b"w")
+    return finish("linear", args, isa, y, guard)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale: float,
+    is_causal: bool = False,
+    isa: str = "scalar",
+) -> Tensor:
+    """Output of cuda_int4::attention."""
+    y, guard = poisoned(tuple(q.shape), q.dtype)
+    views = [_native.tensor_view(t) for t in (q, k, v, mask, y)]
+    return finish("attention", _native.AttentionArgs(*views, scale, is_causal), isa, y, guard)
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, isa: str = "scalar") -> Tensor:
+    """Output of cuda_int4::rms_norm."""
+    y, guard = poisoned(tuple(x.shape), x.dtype)
+    views = [_native.tensor_view(t) for t in (x, weight, y)]
+    return finish("rms_norm", _native.RmsNormArgs(*views, eps), isa, y, guard)
+
+
+def silu(x: Tensor, isa: str = "scalar") -> Tensor:
+    """Output of cuda_int4::silu."""
+    y, guard = poisoned(tuple(x.shape), x.dtype)
+    args = _native.SiluArgs(_native.tensor_view(x), _native.tensor_view(y))
+    return finish("silu", args, isa, y, guard)
+
+
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    """Frobenius, in float64."""
+    return float((found.double() - exact).norm() / exact.norm().clamp_min(1e-300))
+
+
+def rounding_error(exact: Tensor, dtype: torch.dtype) -> float:
+    """Relative error of the exact answer rounded once."""
+    return relative_error(exact.to(dtype), exact)
+
+
+def assert_rounded_once(found: Tensor, exact: Tensor) -> None:
+    """At most 1.2 times the error of one rounding; 1e-5 in float32."""
+    bound = 1e-5 if found.dtype == torch.float32 else 1.2 * rounding_error(exact, found.dtype)
+    assert relative_error(found, exact) <= bound + 1e-9
