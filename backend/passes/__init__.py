@@ -18,6 +18,7 @@ from .resolve_dim_order import ResolveDimOrderPass
 from .resolve_int4_linear import ResolveInt4LinearPass
 from .resolve_rms_norm import ResolveRmsNormPass
 from .resolve_silu import ResolveSiluPass
+from .widen_index_put import WidenIndexPutPass
 
 __all__ = [
     "AssignLayoutPass",
@@ -28,6 +29,7 @@ __all__ = [
     "ResolveInt4LinearPass",
     "ResolveRmsNormPass",
     "ResolveSiluPass",
+    "WidenIndexPutPass",
     "ordered_passes",
     "run_passes",
 ]
@@ -50,6 +52,7 @@ def ordered_passes(layout: str, activation: str) -> list[ExportedProgramPassBase
         ResolveAttentionPass(),
         ResolveRmsNormPass(),
         ResolveSiluPass(),
+        WidenIndexPutPass(),
         # Last: our own ops return contiguous tensors, which makes more of these copies needless.
         ResolveDimOrderPass(),
     ]

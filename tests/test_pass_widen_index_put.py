@@ -1,0 +1,67 @@
+"""WidenIndexPutPass: a cache written as ``cache[:, :, pos] = v`` lowers and runs in place."""
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from torch import nn
+
+import cuda_int4
+import graphs
+from cuda_int4 import passes
+
+
+class Cache(nn.Module):
+    """A cache [1, H, 8, 2] written at ``pos``, the way executorch's Llama does it."""
+
+    def __init__(self, n_heads: int):
+        super().__init__()
+        self.register_buffer("cache", torch.zeros(1, n_heads, 8, 2))
+
+    def forward(self, v: torch.Tensor, pos: torch.Tensor) -> torch.Tensor:
+        """Write v [1, H, S, 2] at pos [S]; return twice the cache."""
+        self.cache[:, :, pos] = v
+        return self.cache * 2
+
+
+def test_values_get_the_dimensions_of_the_cache():
+    program = graphs.edge(Cache(3), torch.ones(1, 3, 2, 2), torch.tensor([4, 1]))
+    before = graphs.text(program)
+    assert passes.WidenIndexPutPass()(program).modified
+    assert_expected_inline(
+        f"{before}\n\n{graphs.text(program)}",
+        """\
+b_cache: float32 [1, 3, 8, 2], input
+_lifted_tensor_constant1: int64 []
+v: float32 [1, 3, 2, 2], input
+pos: int64 [2], input
+%4 = aten.view_copy(v, [3, 2, 2]): float32 [3, 2, 2]
+%5 = aten.index_put(b_cache, [None, None, pos], %4): float32 [1, 3, 8, 2]
+%6 = dim_order_ops._to_dim_order_copy(_lifted_tensor_constant1, dtype=float32, dim_order=[]):
+    float32 []
+%7 = aten.mul.Tensor(%5, %6): float32 [1, 3, 8, 2]
+return [%5, %7]
+
+b_cache: float32 [1, 3, 8, 2], input
+_lifted_tensor_constant1: int64 []
+v: float32 [1, 3, 2, 2], input
+pos: int64 [2], input
+%4 = aten.view_copy(v, [3, 2, 2]): float32 [3, 2, 2]
+%5 = aten.unsqueeze_copy(%4, 0): float32 [1, 3, 2, 2]
+%6 = aten.index_put(b_cache, [None, None, pos], %5): float32 [1, 3, 8, 2]
+%7 = dim_order_ops._to_dim_order_copy(_lifted_tensor_constant1, dtype=float32, dim_order=[]):
+    float32 []
+%8 = aten.mul.Tensor(%6, %7): float32 [1, 3, 8, 2]
+return [%6, %8]""",
+    )
+    assert not passes.WidenIndexPutPass()(program).modified
+
+
+@pytest.mark.parametrize("n_heads", [1, 3])
+def test_runs_in_place(tmp_path, n_heads):
+    eager = Cache(n_heads)
+    v, pos = torch.rand(1, n_heads, 2, 2), torch.tensor([4, 1])
+    path = cuda_int4.export(Cache(n_heads), (v, pos), tmp_path / "cache.pte")
+    program = cuda_int4.load(path, device="cpu")
+    for pos in torch.tensor([[4, 1], [0, 7], [1, 2]]):
+        v = torch.rand(1, n_heads, 2, 2)
+        assert torch.equal(program.forward(v, pos)[0], eager(v, pos))
