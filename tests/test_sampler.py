@@ -149,6 +149,37 @@ def philox_uniform(seed: int, position: int) -> int:
     return c[1] << 32 | c[0]
 
 
+def reference(logits: torch.Tensor, position: int, temperature, top_k, top_p, seed) -> int:
+    """The sampler by its definition: sort, filter, walk. Sums of whole numbers, so none rounds."""
+    values = logits.double()
+    exponents = (values - values.max()) / temperature
+    order = torch.sort(values, descending=True, stable=True).indices.tolist()
+    weights = {
+        i: int(math.exp(exponents[i]) * 2**40) for i in order[:top_k] if exponents[i] > -27.5
+    }
+    kept, total = {}, sum(weights.values())
+    for i in order:
+        if i in weights and sum(kept.values()) < math.ceil(top_p * total):
+            kept[i] = weights[i]
+    threshold = philox_uniform(seed, position) * sum(kept.values()) >> 64
+    for i in sorted(kept):
+        if threshold < kept[i]:
+            return i
+        threshold -= kept[i]
+    raise AssertionError("the threshold is below the sum")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # bfloat16: ties everywhere
+@pytest.mark.parametrize("temperature", [0.2, 1.0, 4.0])
+@pytest.mark.parametrize(("top_k", "top_p"), [(900, 1.0), (50, 1.0), (900, 0.9), (300, 0.6)])
+def test_tokens_are_those_of_the_definition(dtype, temperature, top_k, top_p):
+    logits = torch.randn(900, generator=torch.Generator().manual_seed(6)).mul(4).to(dtype)
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": 9}
+    for position in range(25):
+        expected = reference(logits, position, **options)
+        assert sample(logits, position, **options) == expected
+
+
 def test_the_generator_of_these_tests_gives_the_papers_known_answers():
     """Its own check; the words are those of the reference's kat_vectors."""
     assert philox_uniform(0, 0) == 0xE169C58D_6627E8D5

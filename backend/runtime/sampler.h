@@ -2,8 +2,8 @@
 //
 // Knows tensors (kernels/tensor_view.h) and nothing of models. What a draw depends on: the logits,
 // the configuration, the seed and `position`, and nothing else -- not on what was drawn before.
-// Probabilities are integers in units of 2^-40 of the likeliest token's, so that sums are exact in
-// any order and a seed gives the same tokens on every platform.
+// Probabilities are integers in units of 2^-40 of the likeliest token's: their sums are exact in any
+// order, and exp is our own, so that a seed gives the same tokens on every platform.
 #pragma once
 
 #include <array>
@@ -41,21 +41,31 @@ class CUDA_INT4_EXPORT Sampler {
   struct Candidate {
     float logit;
     uint32_t index;
-    uint64_t weight;  // 2^40 * exp((logit - max) / temperature), rounded down
   };
   // True if `a` is less likely than `b`; of equals the higher index is. A total order.
   static bool less_likely(const Candidate& a, const Candidate& b) {
     return a.logit != b.logit ? a.logit < b.logit : a.index > b.index;
   }
 
-  // The draw among all but greedily; max_logit is finite.
-  int64_t draw(float max_logit, int64_t position);
-  // Leaves in candidates_ only what top-p keeps.
-  void keep_top_p();
+  // log(p / p_max) under the temperature.
+  double exponent(size_t i) const {
+    return (logits_[i] - static_cast<double>(max_logit_)) / config_.temperature;
+  }
+  // The least likely of the likeliest tokens whose sum of measure(i) reaches `wanted`; of all of
+  // them if that does not.
+  template <typename Measure>
+  Candidate least_kept(uint64_t wanted, const Measure& measure);
+  // The draw among all but greedily.
+  int64_t draw(int64_t position);
+
+  static constexpr int kBuckets = 4096;
 
   SamplerConfig config_;
+  float max_logit_ = 0;
   std::vector<float> logits_;
-  std::vector<Candidate> candidates_;
+  std::vector<uint64_t> weights_;        // 2^40 * exp(exponent(i)), 0 where filtered out
+  std::array<uint64_t, kBuckets> sums_;  // of measure over tokens of nearly one likelihood
+  std::vector<Candidate> candidates_;    // the tokens of one bucket
 };
 
 // Philox4x32-10: four random words from a counter and a key, without state. Source: Salmon et al.,
