@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 the work failed (the reason is on stderr), 2 the command l
 """
 
 import argparse
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ examples:
         epilog="""\
 examples:
   cuda-int4 bench --device cpu
-  cuda-int4 bench linear --device cpu --shapes 4096x4096 --m 1,32 --csv results.csv
+  cuda-int4 bench linear --device cpu --shape 4096,4096 --rows 1 32 --out results.csv
 """,
     ),
 }
@@ -113,6 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command is None:
         parser.print_help()
         return 0
+    _quiet_imports()
     try:
         return args.run(args)
     except KeyboardInterrupt:
@@ -121,6 +123,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError, NotImplementedError, RuntimeError) as error:
         print(f"cuda-int4 {args.command}: {error}", file=sys.stderr)
         return 1
+
+
+def _quiet_imports() -> None:
+    """Keep what torch and torchao log about themselves as they load out of the user's terminal."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 if __name__ == "__main__":

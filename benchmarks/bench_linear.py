@@ -273,49 +273,69 @@ def run(options: argparse.Namespace, out: TextIO) -> bool:
     return all_right
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="bench_linear",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options; ``cuda-int4 bench linear`` has the same."""
     parser.add_argument("--device", choices=["cpu"], default="cpu", help="where to run")
     parser.add_argument(
-        "--shape", dest="shapes", action="append", metavar="N,K", help="repeatable; e.g. 4096,4096"
+        "--shape",
+        dest="shapes",
+        action="append",
+        type=shape,
+        metavar="N,K",
+        help="repeatable; default: " + " ".join(f"{n},{k}" for n, k in SHAPES),
     )
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 32], metavar="M")
     parser.add_argument(
-        "--group-size", dest="group_sizes", type=int, nargs="+", default=[32, 128],
+        "--group-size",
+        dest="group_sizes",
+        type=int,
+        nargs="+",
+        default=[32, 128],
         help="0: one group per row (torch_int4 does not take it)",
-    )  # fmt: skip
+    )
     parser.add_argument("--kernel", dest="kernels", nargs="+", choices=KERNELS, default=KERNELS)
     parser.add_argument(
-        "--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16",
+        "--dtype",
+        choices=["bfloat16", "float16", "float32"],
+        default="bfloat16",
         help="of x for our kernels",
-    )  # fmt: skip
+    )
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--turns", type=int, default=20, help=f"of {CALLS_PER_TURN} calls each")
     parser.add_argument("--rotate-mb", type=int, default=0, help="default: 3 last-level caches")
     parser.add_argument("--out", type=Path, help="CSV file; default: standard output")
-    options = parser.parse_args(argv)
-    if options.shapes is None:
-        options.shapes = SHAPES
-    else:
-        options.shapes = [tuple(int(n) for n in shape.split(",")) for shape in options.shapes]
+
+
+def shape(text: str) -> tuple[int, int]:
+    """An argparse type: "4096,11008" as (N, K)."""
+    try:
+        N, K = (int(word) for word in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected N,K such as 4096,4096, got {text!r}") from None
+    return N, K
+
+
+def command(options: argparse.Namespace) -> int:
+    """Run with parsed options; 1 if an answer was wrong."""
+    options.shapes = options.shapes or SHAPES
     options.dtype = getattr(torch, options.dtype)
-    return options
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 1 if an answer was wrong."""
-    options = parse(argv)
     torch.set_num_threads(options.threads)
     _native.check(_native.library().set_num_threads(options.threads))
     if options.out is None:
         return 0 if run(options, sys.stdout) else 1
     with options.out.open("w", newline="") as out:
         return 0 if run(options, out) else 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        prog="bench_linear",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_arguments(parser)
+    return command(parser.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -7,17 +7,16 @@ int4 weights in plain PyTorch.
 
 import argparse
 import dataclasses
-import importlib
 import json
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from .. import _native
+from .shipped import shipped_folder, shipped_script
 
 FORMS = {"none": "w4a16", "int8": "w4a8"}
 
@@ -73,8 +72,7 @@ def run_form(activation: str, folder: Path, args: argparse.Namespace) -> Row:
     from cuda_int4 import inspect, load
 
     form = FORMS[activation]
-    with example("byte_llama"):
-        byte_llama = importlib.import_module("export")
+    byte_llama = shipped_script("export_examples/byte_llama/export")
     path = folder / f"byte_llama_{form}.pte"
     print(f"{form}: exporting {path.name} ...", file=sys.stderr, flush=True)
     model, _ = byte_llama.build(path, activation=activation)
@@ -83,7 +81,8 @@ def run_form(activation: str, folder: Path, args: argparse.Namespace) -> Row:
 
     prefill, decode = decode_in_cpp(path, args, show=activation == "none")
     print(f"{form}: comparing {args.check} tokens with PyTorch ...", file=sys.stderr, flush=True)
-    text = (Path(byte_llama.__file__).with_name("train.py")).read_bytes()[: args.check - 1]
+    text = (shipped_folder("export_examples/byte_llama") / "train.py").read_bytes()
+    text = text[: args.check - 1]
     agreement = byte_llama.agreement(in_plain_torch(model), load(path, device="cpu").forward, text)
     return Row(
         form,
@@ -109,8 +108,7 @@ def decode_in_cpp(path: Path, args: argparse.Namespace, show: bool) -> tuple[flo
     result = json.loads(done.stdout)
     if show:
         print(f"\n{args.prompt}{result['text']}\n", flush=True)
-    stats = result["stats"]
-    return stats["prefill_tokens_per_s"], stats["decode_tokens_per_s"]
+    return result["prefill_tokens_per_s"], result["decode_tokens_per_s"]
 
 
 def in_plain_torch(model: Any) -> Any:
@@ -161,30 +159,9 @@ def print_table(rows: list[Row]) -> None:
     line("decode", (f"{row.decode_tokens_per_s:.0f} tokens/s" for row in rows))
     line("greatest difference of a logit", (f"{r.agreement.greatest_difference:.4f}" for r in rows))
     line("greatest logit", (f"{row.agreement.greatest_logit:.2f}" for row in rows))
-    line("same token as PyTorch", (f"{r.agreement.n_equal} of {r.agreement.n_tokens}" for r in rows))
+    line(
+        "same token as PyTorch", (f"{r.agreement.n_equal} of {r.agreement.n_tokens}" for r in rows)
+    )
     line("first other token", (str(r.agreement.first_difference or "none") for r in rows))
     line("PyTorch's margin there, at most", (f"{r.agreement.widest_margin:.4f}" for r in rows))
     Console().print(table)
-
-
-@contextmanager
-def example(name: str) -> Iterator[Path]:
-    """Make the scripts of an example importable; yields their folder.
-
-    Raises:
-        FileNotFoundError: this install has no such example.
-    """
-    places = [
-        _native.package_dir() / "examples" / name,
-        Path(__file__).resolve().parents[2] / "export_examples" / name,
-    ]
-    folder = next((place for place in places if place.is_dir()), None)
-    if folder is None:
-        raise FileNotFoundError(
-            f"expected the example {name!r} in {' or '.join(map(str, places))}; install again"
-        )
-    sys.path.insert(0, str(folder))
-    try:
-        yield folder
-    finally:
-        sys.path.remove(str(folder))

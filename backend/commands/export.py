@@ -14,7 +14,9 @@ EXPORT_KEYS = ("model", "example_inputs", "dynamic_shapes", "constant_methods")
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``cuda-int4 export``."""
     parser.add_argument(
-        "source", metavar="FILE.py:FUNCTION", help="what makes the model; also PACKAGE.MODULE:FUNCTION"
+        "source",
+        metavar="FILE.py:FUNCTION",
+        help="what makes the model; also PACKAGE.MODULE:FUNCTION",
     )
     parser.add_argument("-o", "--output", required=True, metavar="PATH", help="the .pte to write")
     parser.add_argument(
