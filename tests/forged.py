@@ -1,8 +1,8 @@
 """Files that must not run: a good .pte, changed on purpose, with every checksum made right again.
 
 ``Forge`` exports a model once, with room behind its delegate blob, and rewrites the blob in place;
-``REFUSALS`` are the changes, each with the code and the words of its refusal. The Python and the C++
-tests share them.
+``REFUSALS`` are the changes, each with the code and the words of its refusal. The Python and the
+C++ tests share them.
 """
 
 from __future__ import annotations

@@ -1,0 +1,20 @@
+// Prints the size and the last field's offset of each struct that backend/_native.py mirrors.
+#include <cstddef>
+#include <cstdio>
+
+#include "runtime/c_api.h"
+
+using namespace cuda_int4;
+
+#define PRINT(type, last) std::printf(#type " %zu %zu\n", sizeof(type), offsetof(type, last))
+
+int main() {
+  PRINT(TensorView, strides);
+  PRINT(LinearArgs, name);
+  PRINT(AttentionArgs, is_causal);
+  PRINT(RmsNormArgs, eps);
+  PRINT(SiluArgs, y);
+  PRINT(cuda_int4_generate_config, on_prefill);
+  PRINT(cuda_int4_generate_stats, stop_reason);
+  PRINT(cuda_int4_decode_info, eos_ids);
+}
