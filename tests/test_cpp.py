@@ -73,6 +73,14 @@ def test_tokens_equal_eager_and_steps_allocate_nothing(programs, llama):
     assert allocations == "allocations 0"
 
 
+def test_the_decoder_of_the_public_headers(programs, llama):
+    prompt = [3, 1, 4, 1, 5]
+    found = run(programs / "decode", llama, ",".join(map(str, prompt)), 12, check=False)
+    assert found.returncode == 0, found.stderr
+    expected = language_models.greedy(language_models.toy_llama(), prompt, 12)
+    assert [int(token) for token in found.stdout.split()] == expected
+
+
 @pytest.fixture(scope="module")
 def forge(tmp_path_factory):
     return forged.Forge(tmp_path_factory.mktemp("forged"), make(models.Linear()), (rows(3),))
