@@ -197,6 +197,7 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "cuda_available": (c_int32, []),
     "supported_ops": (c_char_p, [c_char_p]),
     "checksum": (c_uint32, [c_void_p, c_uint64]),
+    "checksum_continue": (c_uint32, [c_uint32, c_void_p, c_uint64]),
     "set_num_threads": (c_int32, [c_uint32]),
     "keep_log_quiet": (None, []),
     "linear": (c_int32, [POINTER(LinearArgs), c_int32, c_void_p]),
@@ -327,17 +328,21 @@ def check(code: int) -> None:
         raise CudaInt4Error(code, last_error())
 
 
-def checksum(buffer: Any) -> int:
-    """``cuda_int4_checksum`` of any contiguous buffer (bytes, memoryview, mmap, numpy array)."""
+def checksum(buffer: Any, so_far: int = 0) -> int:
+    """``cuda_int4_checksum`` of any contiguous buffer (bytes, memoryview, mmap, numpy array).
+
+    ``so_far`` is the checksum of what precedes it, a multiple of 4 MiB, to go on from.
+    """
     view = memoryview(buffer).cast("B")
+    go_on = library().checksum_continue
     if view.nbytes == 0:
-        return library().checksum(None, 0)
+        return so_far
     if view.readonly:  # ctypes borrows writable buffers only; read-only ones go through numpy
         import numpy as np
 
         array = np.frombuffer(view, dtype=np.uint8)
-        return library().checksum(array.ctypes.data, array.nbytes)
-    return library().checksum(ctypes.addressof(ctypes.c_char.from_buffer(view)), view.nbytes)
+        return go_on(so_far, array.ctypes.data, array.nbytes)
+    return go_on(so_far, ctypes.addressof(ctypes.c_char.from_buffer(view)), view.nbytes)
 
 
 def supported_ops(device: str = "cpu") -> frozenset[str]:

@@ -125,10 +125,15 @@ def _linears(program: ExportedProgram) -> list[tuple[LinearRecord, dict[str, str
 def _blob(
     nested: NestedProgram, linears: list[tuple[LinearRecord, dict[str, str]]]
 ) -> DelegateBlob:
-    index_of = {constant.node: index for index, constant in enumerate(nested.constants)}
+    key_of = {constant.node: constant.key for constant in nested.constants}
+    distinct = {constant.key: constant for constant in reversed(nested.constants)}
+    constants = [distinct[key] for key in dict.fromkeys(key_of.values())]
+    index_of = {constant.key: index for index, constant in enumerate(constants)}
     records = []
     for record, placeholders in linears:
-        parts: dict[str, Any] = {label: index_of[node] for label, node in placeholders.items()}
+        parts: dict[str, Any] = {
+            label: index_of[key_of[node]] for label, node in placeholders.items()
+        }
         records.append(replace(record, **parts))
     return DelegateBlob(
         constants=tuple(
@@ -140,7 +145,7 @@ def _blob(
                 nbytes=len(constant.data),
                 checksum=checksum(constant.data),
             )
-            for constant in nested.constants
+            for constant in constants
         ),
         linears=tuple(records),
         ops=nested.ops,

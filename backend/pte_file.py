@@ -22,7 +22,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-from .seal import SEAL_NBYTES, SealState, check_seal
+from .seal import SEAL_NBYTES, SealState, read_seal
 
 _PTE_IDENTIFIER, _PTD_IDENTIFIER = b"ET12", b"FT01"
 _HEADER_OFFSET = 8
@@ -68,7 +68,7 @@ class ExecutorchFile:
                 f"expected an ExecuTorch program (.pte) or data file (.ptd), got a file that has "
                 f"{identifier!r} at byte 4"
             )
-        self.seal: SealState = check_seal(self._data, who=self.path)
+        self.seal: SealState = read_seal(self.path)
         is_program = identifier == _PTE_IDENTIFIER
         header = _PTE_HEADER if is_program else _PTD_HEADER
         magic, _, *fields = header.unpack_from(self._data, _HEADER_OFFSET)

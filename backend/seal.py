@@ -13,16 +13,17 @@ ExecuTorch does not look there, so a sealed file loads in a stock runtime as wel
 
 from __future__ import annotations
 
-import mmap
 import os
 import struct
-from typing import Literal
+from typing import BinaryIO, Literal
 
 from ._native import checksum
 
 MAGIC = b"CI4SEAL1"
 _SEAL = struct.Struct("<8sQII8s")
 SEAL_NBYTES = _SEAL.size
+# A file is read in parts, a multiple of 4 MiB: a mapping would count as memory of the process.
+_PART_NBYTES = 16 << 20
 
 SealState = Literal["none", "valid"]
 
@@ -34,17 +35,12 @@ def seal_file(path: str | os.PathLike[str]) -> None:
         ValueError: the file ends in a seal that does not fit it.
     """
     with open(path, "r+b") as file:
-        nbytes = os.fstat(file.fileno()).st_size
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            view = memoryview(data)
-            try:
-                if check_seal(view, who=os.fspath(path)) == "valid":
-                    return
-                digest = checksum(view)
-            finally:
-                view.release()
+        if _read_seal(file, who=os.fspath(path)) == "valid":
+            return
+        nbytes = file.seek(0, os.SEEK_END)
+        seal = _SEAL.pack(MAGIC, nbytes, _checksum(file, nbytes), 0, MAGIC[::-1])
         file.seek(0, os.SEEK_END)
-        file.write(_SEAL.pack(MAGIC, nbytes, digest, 0, MAGIC[::-1]))
+        file.write(seal)
         file.flush()
         os.fsync(file.fileno())
 
@@ -56,31 +52,35 @@ def read_seal(path: str | os.PathLike[str]) -> SealState:
         ValueError: the file ends in a seal that does not fit it.
     """
     with open(path, "rb") as file:
-        if os.fstat(file.fileno()).st_size == 0:
-            return "none"
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            view = memoryview(data)
-            try:
-                return check_seal(view, who=os.fspath(path))
-            finally:
-                view.release()
+        return _read_seal(file, who=os.fspath(path))
 
 
-def check_seal(data: memoryview, *, who: str) -> SealState:
-    """Verify the seal at the end of a file's bytes; ``who`` names the file in the message.
-
-    Raises:
-        ValueError: there is a seal, and it does not fit the bytes before it.
-    """
-    nbytes = len(data) - SEAL_NBYTES
-    trailer = bytes(data[max(nbytes, 0) :])
+def _read_seal(file: BinaryIO, *, who: str) -> SealState:
+    nbytes = file.seek(0, os.SEEK_END) - SEAL_NBYTES
+    file.seek(max(nbytes, 0))
+    trailer = file.read(SEAL_NBYTES)
     if nbytes < 0 or (trailer[:8] != MAGIC and trailer[-8:] != MAGIC[::-1]):
         return "none"
     head, sealed_nbytes, digest, zero, tail = _SEAL.unpack(trailer)
-    found = checksum(data[:nbytes])
+    found = _checksum(file, nbytes)
     if (head, sealed_nbytes, digest, zero, tail) != (MAGIC, nbytes, found, 0, MAGIC[::-1]):
         raise ValueError(
             f"{who}: expected a seal over {nbytes} bytes with checksum {found:08x}, got one over "
             f"{sealed_nbytes} with {digest:08x}; the file is truncated or damaged, export it again"
         )
     return "valid"
+
+
+def _checksum(file: BinaryIO, nbytes: int) -> int:
+    """Of the first ``nbytes`` of a file; little of it is in memory at a time."""
+    file.seek(0)
+    part = bytearray(min(_PART_NBYTES, nbytes))
+    digest = 0
+    while nbytes > 0:
+        view = memoryview(part)[: min(nbytes, len(part))]
+        n_read = file.readinto(view)  # type: ignore[attr-defined]
+        if n_read != len(view):
+            raise OSError(f"{file.name}: expected {len(view)} more bytes, got {n_read}")
+        digest = checksum(view, digest)
+        nbytes -= n_read
+    return digest

@@ -60,6 +60,10 @@ const char* cuda_int4_supported_ops(const char* device) {
 
 uint32_t cuda_int4_checksum(const void* data, uint64_t nbytes) { return checksum(data, nbytes); }
 
+uint32_t cuda_int4_checksum_continue(uint32_t so_far, const void* data, uint64_t nbytes) {
+  return checksum(data, nbytes, so_far);
+}
+
 int32_t cuda_int4_linear(const LinearArgs* args, int32_t device, void* stream) {
   return eager_op("cuda_int4::linear", args, device, stream, &validate_linear,
                   &linear_scratch_bytes, &linear);

@@ -24,6 +24,10 @@ CUDA_INT4_API const char* cuda_int4_supported_ops(const char* device);
 // CRC-32C over the little-endian CRC-32Cs of the 4 MiB pieces of the data (one piece: still CRC of
 // the 4 bytes of its CRC); 0 bytes: no pieces. Pieces are hashed on the thread pool.
 CUDA_INT4_API uint32_t cuda_int4_checksum(const void* data, uint64_t nbytes);
+// The same of data that is read in parts: so_far is the checksum of the parts before (0 at first),
+// each of which is a multiple of 4 MiB.
+CUDA_INT4_API uint32_t cuda_int4_checksum_continue(uint32_t so_far, const void* data,
+                                                   uint64_t nbytes);
 // CPU threads of this process's ExecuTorch, 1 or more; no model may be running meanwhile.
 CUDA_INT4_API int32_t cuda_int4_set_num_threads(uint32_t n_threads);
 // For command lines: from here on ExecuTorch's log, which repeats our errors on stderr, prints only

@@ -139,7 +139,7 @@ uint32_t crc32c_portable(const void* data, size_t nbytes) {
   return ~update_portable(~uint32_t(0), static_cast<const uint8_t*>(data), nbytes);
 }
 
-uint32_t checksum(const void* data, uint64_t nbytes) {
+uint32_t checksum(const void* data, uint64_t nbytes, uint32_t so_far) {
   constexpr uint64_t kBatch = 256;  // pieces hashed at a time; keeps their CRCs off the heap
   struct Job {
     const uint8_t* data;
@@ -157,7 +157,7 @@ uint32_t checksum(const void* data, uint64_t nbytes) {
       for (int b = 0; b < 4; ++b) j.crcs[4 * size_t(i) + size_t(b)] = uint8_t(crc >> (8 * b));
     }
   };
-  uint32_t crc = ~uint32_t(0);
+  uint32_t crc = ~so_far;
   while (job.nbytes > 0) {
     const uint64_t pieces =
         std::min(kBatch, (job.nbytes + kChecksumPieceBytes - 1) / kChecksumPieceBytes);

@@ -14,7 +14,8 @@ namespace cuda_int4 {
 constexpr uint64_t kChecksumPieceBytes = uint64_t(4) << 20;
 
 /// Pieces are hashed on the thread pool. 0 bytes have no pieces: the CRC of nothing, which is 0.
-uint32_t checksum(const void* data, uint64_t nbytes);
+/// `so_far`: the checksum of what precedes, a multiple of 4 MiB, to go on from.
+uint32_t checksum(const void* data, uint64_t nbytes, uint32_t so_far = 0);
 
 /// Plain CRC-32C (Castagnoli, reflected, RFC 3720 appendix B.4) with the fastest code this CPU runs.
 uint32_t crc32c(const void* data, size_t nbytes);
