@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+
+from cuda_int4 import _native
 from language_models import (
     HistoryModel,
     ToyLlama,
@@ -21,9 +24,6 @@ from language_models import (
     greedy,
     toy_llama,
 )
-from torch import nn
-
-from cuda_int4 import _native
 
 PROGRAM = _native.package_dir() / "bin" / "cuda-int4-decode"
 PROMPT = list(b"def f(x)")

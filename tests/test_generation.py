@@ -8,12 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
-from language_models import HistoryModel, export_plain, export_toy_llama, greedy, toy_llama
 
 import cuda_int4
 from cuda_int4 import _native, cli
 from cuda_int4.generation import GenerationInterrupted, decode_info, generate_text, generate_tokens
 from cuda_int4.text_stream import ByteTokenizer, FileTokenizer, TextStream, load_tokenizer
+from language_models import HistoryModel, export_plain, export_toy_llama, greedy, toy_llama
 
 FFFD = "\N{REPLACEMENT CHARACTER}"
 TIMEOUT_S = 120
