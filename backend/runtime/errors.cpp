@@ -4,6 +4,7 @@
 
 #include <cstdarg>
 #include <cstdio>
+#include <cstring>
 
 namespace cuda_int4 {
 
@@ -13,9 +14,56 @@ namespace {
 
 thread_local char reason[2048] = {0};
 
+/// Length of the UTF-8 sequence at `p`; 0 where there is none.
+size_t utf8_length(const unsigned char* p) {
+  const size_t length = p[0] < 0x80             ? 1
+                        : (p[0] & 0xe0) == 0xc0 ? 2
+                        : (p[0] & 0xf0) == 0xe0 ? 3
+                        : (p[0] & 0xf8) == 0xf0 ? 4
+                                                : 0;
+  for (size_t i = 1; i < length; ++i)
+    if ((p[i] & 0xc0) != 0x80) return 0;
+  return length;
+}
+
+/// Names in a message may come from a damaged file. What is not UTF-8, and what would break a line,
+/// becomes '?'.
+void clean(char* text) {
+  auto* p = reinterpret_cast<unsigned char*>(text);
+  while (*p != 0) {
+    const size_t length = utf8_length(p);
+    if (length == 0 || *p < 0x20 || *p == 0x7f) *p = '?';
+    p += length > 1 ? length : 1;
+  }
+}
+
+/// ExecuTorch cuts a line of the log at 255 bytes, and its Python binding aborts on one that is not
+/// UTF-8, such as one cut inside a character: short lines, ASCII only.
+void log_reason() {
+  constexpr size_t kLineBytes = 200;
+  char line[kLineBytes + 1];
+  const char* rest = reason;
+  const char* prefix = "cuda_int4: ";
+  while (*rest != 0) {
+    size_t n = strnlen(rest, kLineBytes);
+    if (rest[n] != 0)  // break at the last space, if there is one
+      for (size_t i = n; i > kLineBytes / 2; --i)
+        if (rest[i] == ' ') {
+          n = i;
+          break;
+        }
+    for (size_t i = 0; i < n; ++i) line[i] = (rest[i] & 0x80) ? '?' : rest[i];
+    line[n] = 0;
+    ET_LOG(Error, "%s%s", prefix, line);
+    rest += n + (rest[n] == ' ' ? 1 : 0);
+    prefix = "    ";
+  }
+}
+
 void set_reason(const char* format, va_list args) {
   std::vsnprintf(reason, sizeof(reason), format, args);
-  ET_LOG(Error, "cuda_int4: %s", reason);
+  clean(reason);
+  log_reason();
 }
 
 Error error_of(StatusCode code) {

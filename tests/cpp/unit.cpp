@@ -88,6 +88,8 @@ void test_reasons() {
   CHECK(std::string(last_error()) == "inner 7");
   fail(Error::NotFound, "%s", std::string(100000, 'x').c_str());  // cut off, not overrun
   CHECK(std::strlen(last_error()) < 3000);
+  fail(Error::NotFound, "\xff\xc3\xa9 \n \xc3");  // names come out of damaged files
+  CHECK(std::string(last_error()) == "?\xc3\xa9 ? ?");
 }
 
 // ---- blobs ----
