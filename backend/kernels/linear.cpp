@@ -52,7 +52,7 @@ Status validate_call(const LinearArgs& args) {
   const int64_t N = linear_N(args), K = linear_K(args);
   int64_t numel = 0;
 
-  const TensorCheck x{name, "x", "pass x.contiguous() of shape [..., K]"};
+  const TensorCheck x{name, "x", "pass x as a contiguous float tensor [..., K]"};
   CUDA_INT4_RETURN_IF_ERROR(check_contiguous(x, args.x, &numel));
   CUDA_INT4_RETURN_IF_ERROR(check_float_kind(x, args.x));
   if (args.x.ndim < 1 || args.x.sizes[args.x.ndim - 1] != K) {

@@ -1,4 +1,4 @@
-// For tests: one op on a stated instruction set, its work cut into the smallest ranges the grain
+// For tests: one op (or a weight's validator) on a stated instruction set, its work cut into the smallest ranges the grain
 // allows and run last range first, so that a result that depends on the cuts shows.
 #include <cstdlib>
 #include <cstring>
@@ -35,6 +35,9 @@ Status run(const char* op, const void* args, const CpuKernels& kernels) {
     context.scratch_bytes = needed_bytes;
     return linear_args.y.nbytes == 0 ? Status{} : linear_on(kernels, linear_args, context);
   }
+  if (strcmp(op, "linear_weight") == 0) {
+    return validate_linear_weight(*static_cast<const LinearArgs*>(args));
+  }
   if (strcmp(op, "attention") == 0) {
     const AttentionArgs& attention_args = *static_cast<const AttentionArgs*>(args);
     CUDA_INT4_RETURN_IF_ERROR(validate_attention(attention_args));
@@ -51,7 +54,8 @@ Status run(const char* op, const void* args, const CpuKernels& kernels) {
     return silu_on(kernels, silu_args, context);
   }
   return error(StatusCode::kInvalidArgument,
-               "run_with_isa: expected linear, attention, rms_norm or silu, got \"%.64s\"; fix the "
+               "run_with_isa: expected linear, linear_weight, attention, rms_norm or silu, got "
+               "\"%.64s\"; fix the "
                "test",
                op);
 }
