@@ -17,6 +17,8 @@ import cases
 import graphs
 import language_models
 from cuda_int4.blob import unpack_blob
+from cuda_int4.lowering import save
+from cuda_int4.model import load
 from cuda_int4.partitioner import CudaInt4Partitioner
 from cuda_int4.preprocess import decode_specs
 from messages import folded, message
@@ -47,6 +49,14 @@ def outside(manager):
     graph = manager.exported_program().graph_module.graph
     ops = [graphs.op_of(node) for node in get_non_lowered_nodes(graph)]
     return [op for op in ops if op is not operator.getitem]
+
+
+def assert_runs_like_eager(manager, model, *inputs, tmp_path):
+    """Twice, for the sake of buffers."""
+    with load(save(manager.to_executorch(), tmp_path / "model.pte")) as loaded:
+        for _ in range(2):
+            expected = torch.utils._pytree.tree_leaves(model(*inputs))
+            torch.testing.assert_close(loaded.forward(*inputs), expected, rtol=1e-5, atol=1e-5)
 
 
 def report(partitioner):
@@ -109,30 +119,35 @@ executorch_prim::et_view.default""",
 # ---- what stays outside ----
 
 
-class Sorts(nn.Module):
-    """An op without a kernel between two int4 linears."""
+class Distances(nn.Module):
+    """An op without a kernel of ours, but one of ExecuTorch's, between two int4 linears."""
 
     def __init__(self, weight):
         super().__init__()
         self.a, self.b = graphs.Linear(weight), graphs.Linear(weight)
 
     def forward(self, x):
-        """The sort splits the graph."""
-        return self.b(self.a(x).sort().values)
+        """The distances split the graph."""
+        return self.b(F.pdist(self.a(x).t())[:480].view(15, 32))
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_a_node_without_a_kernel_stays_outside_with_its_reason(whole, caplog):
+def test_a_node_without_a_kernel_stays_outside_with_its_reason(whole, caplog, tmp_path):
+    model = Distances(graphs.packed(CASE))
     with caplog.at_level(logging.WARNING, logger="cuda_int4"):
-        manager, partitioner = lower(Sorts(graphs.packed(CASE)), X, whole=whole)
-    assert outside(manager) == [torch.ops.aten.sort.default]
+        manager, partitioner = lower(model, X, whole=whole)
+    assert outside(manager) == [torch.ops.aten._pdist_forward.default]
     assert_expected_inline(
         report(partitioner),
-        """aten_sort_default: aten.sort.default: libcuda_int4 has no kernel for aten::sort.values""",
+        """\
+aten__pdist_forward_default: aten._pdist_forward.default: libcuda_int4 has no kernel for
+    aten::_pdist_forward.out""",
     )
     assert_expected_inline(
         folded(*caplog.messages),
-        """1 x aten.sort.default outside the delegate: libcuda_int4 has no kernel for aten::sort.values""",
+        """\
+1 x aten._pdist_forward.default outside the delegate: libcuda_int4 has no kernel for
+    aten::_pdist_forward.out""",
     )
     first, second = delegates(manager)
     for delegate in (first, second):
@@ -140,7 +155,7 @@ def test_a_node_without_a_kernel_stays_outside_with_its_reason(whole, caplog):
         assert json.loads(specs.pop("outside")) == partitioner.report
         assert specs == {"layout": "auto", "activation": "none", "external_weights": ""}
     assert [len(blob.linears) for blob in blobs(manager)] == [1, 1]
-    manager.to_executorch()
+    assert_runs_like_eager(manager, model, X, tmp_path=tmp_path)
 
 
 class Mixed(nn.Module):
@@ -155,7 +170,7 @@ class Mixed(nn.Module):
         return F.silu(y) + F.silu(y.double()).float()
 
 
-def test_of_an_op_only_the_uses_we_take_are_kept_whole():
+def test_of_an_op_only_the_uses_we_take_are_kept_whole(tmp_path):
     x = torch.randn(8, 16)
     manager, partitioner = lower(Mixed(), x)
     assert partitioner.report == [] and outside(manager) == []
@@ -164,6 +179,7 @@ def test_of_an_op_only_the_uses_we_take_are_kept_whole():
     )}  # fmt: skip
     assert ours == {"cuda_int4::attention.out", "cuda_int4::rms_norm.out", "cuda_int4::silu.out"}
     assert "cuda_int4::bmm.out" in blobs(manager)[0].ops  # the 3-D attention
+    assert_runs_like_eager(manager, Mixed(), x, tmp_path=tmp_path)
 
 
 def test_ops_to_not_decompose_asks_for_no_filter_where_none_is_needed():
@@ -193,22 +209,20 @@ class SizeOutside(nn.Module):
         self.linear = graphs.Linear(weight)
 
     def forward(self, x):
-        """Sorts at the end, on a view of the dynamic size."""
+        """Random numbers are made outside."""
         n = x.shape[0]
-        y = self.linear(x).reshape(n * 2, 16) * n
-        return y.sort().values.view(n, 32).sort().values
+        return self.linear(x).reshape(n * 2, 16) + 0 * torch.rand(n * 2, 1)
 
 
-def test_a_size_that_is_read_outside_is_computed_outside():
-    manager, partitioner = lower(
-        SizeOutside(graphs.packed(CASE)), X, dynamic_shapes=({0: Dim("n", min=2, max=9)},)
-    )
+def test_a_size_that_is_read_outside_is_computed_outside(tmp_path):
+    model = SizeOutside(graphs.packed(CASE))
+    manager, partitioner = lower(model, X, dynamic_shapes=({0: Dim("n", min=2, max=9)},))
     reasons = {entry["reason"] for entry in partitioner.report}
     assert any("size" in reason for reason in reasons), reasons
     for delegate in delegates(manager):
         outputs = delegate.original_module.graph.output_node().args[0]
         assert all(isinstance(node.meta["val"], torch.Tensor) for node in outputs)
-    manager.to_executorch()
+    assert_runs_like_eager(manager, model, X[:3], tmp_path=tmp_path)
 
 
 class CacheOutside(nn.Module):
@@ -220,22 +234,25 @@ class CacheOutside(nn.Module):
         self.register_buffer("seen", torch.zeros(4, 32))
 
     def forward(self, x):
-        """Writes, then sorts the buffer itself."""
-        order = self.seen.sort().values
+        """Distances of what was there before."""
+        before = F.pdist(self.seen)
         self.seen.add_(self.linear(x))
-        return order
+        return before
 
 
-def test_a_mutated_buffer_that_the_outside_reads_stays_outside():
-    manager, partitioner = lower(CacheOutside(graphs.packed(CASE)), X)
-    assert list(manager.exported_program().graph_signature.buffers_to_mutate.values()) == ["seen"]
+def test_a_mutated_buffer_that_the_outside_reads_stays_outside(tmp_path):
+    model = CacheOutside(graphs.packed(CASE))
+    manager, partitioner = lower(model, X)
+    signature = manager.exported_program().graph_signature
+    assert list(signature.buffers_to_mutate.values()) == ["seen"]
     assert_expected_inline(
         report(partitioner),
         """\
 b_seen: buffer: a mutated buffer that more than one partition, or the outside, uses
-aten_sort_default: aten.sort.default: libcuda_int4 has no kernel for aten::sort.values""",
+aten__pdist_forward_default: aten._pdist_forward.default: libcuda_int4 has no kernel for
+    aten::_pdist_forward.out""",
     )
-    manager.to_executorch()
+    assert_runs_like_eager(manager, model, X, tmp_path=tmp_path)
 
 
 class ReturnsConstant(nn.Module):
@@ -252,15 +269,16 @@ class ReturnsConstant(nn.Module):
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_a_constant_that_is_an_output_is_handed_in(whole):
-    manager, _ = lower(ReturnsConstant(graphs.packed(CASE)), X, whole=whole)
+def test_a_constant_that_is_an_output_is_handed_in(whole, tmp_path):
+    model = ReturnsConstant(graphs.packed(CASE))
+    manager, _ = lower(model, X, whole=whole)
     assert "offset" in manager.exported_program().state_dict
     assert [constant.name for constant in blobs(manager)[0].constants] == [
         "linear.weight.qdata",
         "linear.weight.scale",
         "linear.weight.zero_point",
     ]
-    manager.to_executorch()
+    assert_runs_like_eager(manager, model, X, tmp_path=tmp_path)
 
 
 # ---- options and refusals ----
