@@ -30,6 +30,7 @@ from executorch.exir import (
 from executorch.exir._serialize._serialize import serialize_for_executorch
 from executorch.exir.emit import EmitterOutput
 from executorch.exir.passes import MemoryPlanningPass
+from executorch.exir.passes.reinplace import reinplace_pass
 from executorch.exir.schema import (
     Buffer,
     ExecutionPlan,
@@ -44,7 +45,8 @@ from executorch.extension.flat_tensor.serialize.serialize import (
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from .passes.graph import args_of, calls, constant_name, is_constant
+from .passes.graph import args_of, calls, constant_name, edge_op, is_constant
+from .passes.widen_index_put import fits_in_place
 
 RENAMED_NAMESPACE = "aten"
 _KEPT_PREFIX = "aten::sym_"
@@ -92,8 +94,8 @@ def emit_nested_program(program: ExportedProgram) -> NestedProgram:
             alloc_mutable_buffers=False,
         ),
         emit_mutable_buffer_names=True,
-        run_reinplace_pass=True,
     )
+    program = _write_in_place(program)
     manager = EdgeProgramManager(
         program, compile_config=EdgeCompileConfig(_check_ir_validity=False)
     )
@@ -109,6 +111,22 @@ def emit_nested_program(program: ExportedProgram) -> NestedProgram:
     )
     assert not external, "every constant was taken out of the program"
     return NestedProgram(bytes(serialized), ops, constants)
+
+
+def _write_in_place(program: ExportedProgram) -> ExportedProgram:
+    """Run ExecuTorch's reinplace pass on the cache writes that its in-place kernel can do.
+
+    It would take every ``index_put``, and fail at run time on those with a mask, several indices or
+    values to broadcast. They keep the op that writes a copy.
+    """
+    index_put = torch.ops.aten.index_put.default
+    others = [node for node in calls(program, index_put) if not fits_in_place(node)]
+    for node in others:
+        node.target = index_put  # not the edge dialect's op: the pass does not see it
+    program = reinplace_pass(program)
+    for node in others:
+        node.target = edge_op(index_put)
+    return program
 
 
 def operator_name(name: str, overload: str) -> str:

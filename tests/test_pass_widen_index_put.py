@@ -65,3 +65,30 @@ def test_runs_in_place(tmp_path, n_heads):
     for pos in torch.tensor([[4, 1], [0, 7], [1, 2]]):
         v = torch.rand(1, n_heads, 2, 2)
         assert torch.equal(program.forward(v, pos)[0], eager(v, pos))
+
+
+class Scattered(nn.Module):
+    """Writes that ExecuTorch's in-place kernel does not do, each to a buffer of its own."""
+
+    def __init__(self):
+        super().__init__()
+        for name in ("two", "mask", "sum", "wide"):
+            self.register_buffer(name, torch.zeros(2, 8, 3))
+
+    def forward(self, v: torch.Tensor, pos: torch.Tensor):
+        """By two indices, by a mask, added up, and one row for all; v [2, 3], pos [2]."""
+        self.two[torch.tensor([1, 0]), pos] = v
+        self.mask[self.mask + v[0] > 1.5] = 1.0
+        self.sum.index_put_((torch.tensor([1, 1]),), v.unsqueeze(1), accumulate=True)
+        self.wide[:, pos] = v[:1]
+        return self.two * 1, self.mask * 1, self.sum * 1, self.wide * 1
+
+
+def test_writes_that_cannot_be_done_in_place_are_right_all_the_same(tmp_path):
+    eager, inputs = Scattered(), (torch.rand(2, 3), torch.tensor([4, 1]))
+    path = cuda_int4.export(Scattered(), inputs, tmp_path / "scattered.pte")
+    program = cuda_int4.load(path, device="cpu")
+    for pos in ([4, 1], [0, 7], [1, 2]):
+        inputs = torch.rand(2, 3) * 2, torch.tensor(pos)
+        torch.testing.assert_close(program.forward(*inputs), list(eager(*inputs)), rtol=0, atol=0)
+    assert "cuda_int4::index_put_" not in cuda_int4.inspect(path)["ops"]

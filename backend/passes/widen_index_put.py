@@ -44,14 +44,39 @@ class WidenIndexPutPass(ExportedProgramPassBase):
 
 def missing_dims(node: Node) -> int:
     """How many leading dimensions of size 1 the values of an ``index_put`` lack."""
-    x, indices, values, _ = args_of(node)
-    given = [(dim, index) for dim, index in enumerate(indices) if index is not None]
-    if len(given) != 1 or given[0][1].meta["val"].dim() != 1:
+    expected = in_place_shape(node)
+    if expected is None:
         return 0
-    expected, shape = list(x.meta["val"].shape), list(values.meta["val"].shape)
-    dim, index = given[0]
-    expected[dim] = index.meta["val"].shape[0]
+    shape = list(args_of(node)[2].meta["val"].shape)
     missing = len(expected) - len(shape)
-    shape = [1] * missing + shape
-    same = all(statically_known_true(a == b) for a, b in zip(shape, expected, strict=True))
-    return missing if same else 0
+    return missing if _same([1] * missing + shape, expected) else 0
+
+
+def fits_in_place(node: Node) -> bool:
+    """Whether ExecuTorch's in-place kernel does this ``index_put``; the other one does them all."""
+    expected = in_place_shape(node)
+    return expected is not None and _same(list(args_of(node)[2].meta["val"].shape), expected)
+
+
+def in_place_shape(node: Node) -> list | None:
+    """The shape that the in-place kernel wants of the values; None: it does no such ``index_put``.
+
+    It overwrites (no ``accumulate``) along one dimension, by one index [S] of int32 or int64.
+    """
+    x, indices, _, accumulate = args_of(node)
+    given = [(dim, index) for dim, index in enumerate(indices) if index is not None]
+    if accumulate or len(given) != 1:
+        return None
+    ((dim, index),) = given
+    value = index.meta["val"]
+    if value.dim() != 1 or value.dtype not in (torch.int32, torch.int64):
+        return None
+    shape = list(x.meta["val"].shape)
+    shape[dim] = value.shape[0]
+    return shape
+
+
+def _same(a: list, b: list) -> bool:
+    return len(a) == len(b) and all(
+        statically_known_true(m == n) for m, n in zip(a, b, strict=True)
+    )
