@@ -25,6 +25,7 @@ import model as model_module  # noqa: E402
 from model import WEIGHTS, ByteLlama, Config, as_tensor, bits_per_byte, load  # noqa: E402
 
 N_TOKENS = int(os.environ.get("BYTE_LLAMA_TOKENS", "160"))
+CONTEXT = max(256, N_TOKENS)
 TEXT = Path(model_module.__file__).read_bytes()  # real Python that is always at hand
 
 
@@ -87,14 +88,14 @@ def test_held_out_source_is_predicted():
     texts = corpus.documents(corpus.standard_library(), held_out=True)
     modules = {path: text for path, text in texts.items() if "test" not in path}
     data = as_tensor(corpus.stream(modules))
-    bits = bits_per_byte(load(dtype=torch.bfloat16), data, 2048, batch=1, n_windows=6)
+    bits = bits_per_byte(load(dtype=torch.bfloat16), data, 2048, batch=1, n_windows=4)
     assert bits < 1.2, f"expected at most 1.2 bits per byte, got {bits:.3f}"
 
 
 @pytest.mark.parametrize("activation", ["none", "int8"])
 def test_program_agrees_with_eager(tmp_path, activation):
     model, path = byte_llama.build(
-        tmp_path / "byte_llama.pte", method="min_max", activation=activation
+        tmp_path / "byte_llama.pte", method="min_max", activation=activation, max_context=CONTEXT
     )
     program = cuda_int4.load(path, device="cpu")
     found = byte_llama.agreement(model, program.forward, TEXT[: N_TOKENS - 1])
@@ -106,7 +107,11 @@ def test_program_agrees_with_eager(tmp_path, activation):
 
 def test_program_agrees_with_eager_in_float32(tmp_path):
     model, path = byte_llama.build(
-        tmp_path / "byte_llama.pte", method="min_max", dtype=torch.float32, symmetric=True
+        tmp_path / "byte_llama.pte",
+        method="min_max",
+        dtype=torch.float32,
+        symmetric=True,
+        max_context=CONTEXT,
     )
     program = cuda_int4.load(path, device="cpu")
     found = byte_llama.agreement(model, program.forward, TEXT[: N_TOKENS - 1])

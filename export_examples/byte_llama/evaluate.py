@@ -1,6 +1,6 @@
 """Measure what int4 costs the byte Llama: bits per byte of held-out files, as a Markdown table.
 
-    python evaluate.py                 # every form, 256 KiB of held-out text; minutes on a laptop
+    python evaluate.py                 # every form, 128 KiB of held-out text; minutes on a laptop
     python evaluate.py --windows 16 --methods min_max --group-sizes 32
 
 Each form is ``cuda_int4.quantize_`` on the bfloat16 model, run in PyTorch eager through the same
@@ -50,7 +50,7 @@ def main() -> None:
     )
     parser.add_argument("--source", type=Path, default=standard_library(), help="a Python's Lib")
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
-    parser.add_argument("--windows", type=int, default=128, help="windows of 2048 bytes; 0: all")
+    parser.add_argument("--windows", type=int, default=64, help="windows of 2048 bytes; 0: all")
     parser.add_argument("--methods", nargs="+", default=["min_max", "hqq"])
     parser.add_argument("--group-sizes", nargs="+", type=int, default=[32, 128])
     parser.add_argument("--activations", nargs="+", default=["none", "int8"])
