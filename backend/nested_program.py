@@ -4,7 +4,8 @@ ExecuTorch emits the program as it would emit a whole ``.pte``; the result is th
 
 - generic ops are renamed ``aten::x`` -> ``cuda_int4::x``, so that an op that the runtime lacks is
   an error there and never a CPU kernel on device pointers. Ours, ``aten::sym_*`` and
-  ``executorch_prim::*`` keep their names.
+  ``executorch_prim::*`` keep their names; ``aten::linear``, whose new name would be that of ours,
+  becomes ``cuda_int4::dense_linear``.
 - constants leave the program: each constant tensor becomes external, under a key that is a hash of
   its contents and carries its layout tag.
 
@@ -48,7 +49,8 @@ from torch.fx import Node
 from .passes.graph import args_of, calls, constant_name, edge_op, is_constant
 from .passes.widen_index_put import fits_in_place
 
-RENAMED_NAMESPACE = "aten"
+_RENAMED_NAMESPACES = ("aten", "dim_order_ops")
+_RENAMED_OTHERWISE = {"linear": "dense_linear"}
 _KEPT_PREFIX = "aten::sym_"
 _LINEAR_PARTS = ("qdata", "scale", "zero_point", "meta", "bias")
 DENSE_TAG = "dense.v1"
@@ -207,7 +209,14 @@ def _content_hash(dtype: int, sizes: tuple[int, ...], data: bytes) -> str:
 
 def _rename_ops(plan: ExecutionPlan) -> tuple[str, ...]:
     for operator in plan.operators:
-        namespace, _, name = operator.name.partition("::")
-        if namespace == RENAMED_NAMESPACE and not operator.name.startswith(_KEPT_PREFIX):
-            operator.name = f"cuda_int4::{name}"
+        operator.name = nested_name(operator.name)
     return tuple(operator_name(operator.name, operator.overload) for operator in plan.operators)
+
+
+def nested_name(graph_name: str) -> str:
+    """What an operator is called in the nested program, with or without its overload."""
+    namespace, _, name = graph_name.partition("::")
+    if namespace not in _RENAMED_NAMESPACES or graph_name.startswith(_KEPT_PREFIX):
+        return graph_name
+    base, dot, overload = name.partition(".")
+    return f"cuda_int4::{_RENAMED_OTHERWISE.get(base, base)}{dot}{overload}"

@@ -25,6 +25,7 @@ from executorch.exir.backend.partitioner import (
 from executorch.exir.passes.executorch_prim_ops_registry import (
     _PYTHON_SYM_OPS_TO_EXECUTORCH_SYM_OPS,
 )
+from torch._prims_common import is_channels_last_contiguous_or_false, is_contiguous_or_false
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import Node
@@ -205,9 +206,9 @@ class _Support(OperatorSupportBase):
     def _generic(
         self, op: torch._ops.OpOverload, node: Node, reason: str | None = None
     ) -> str | None:
-        dtype = _foreign_dtype(node)
-        if dtype is not None:
-            return f"expected tensors of {', '.join(DTYPE_NUMBERS)}, got {dtype}"
+        foreign = _foreign_tensor(node)
+        if foreign is not None:
+            return foreign
         op = resolve_dim_order.plain_op(node) or op
         if op in _EMITTED_AS and _EMITTED_AS[op] in self.known:
             return None
@@ -225,21 +226,17 @@ class _Support(OperatorSupportBase):
         return None if name in self.known else f"libcuda_int4 has no kernel for {name}"
 
 
-def _foreign_dtype(node: Node) -> torch.dtype | None:
-    values = [
-        node.meta.get("val"),
-        *(arg.meta.get("val") for arg in node.all_input_nodes),
-    ]
-    tensors = torch.utils._pytree.tree_leaves(values)
-    return next(
-        (
-            tensor.dtype
-            for tensor in tensors
-            if isinstance(tensor, torch.Tensor)
-            and str(tensor.dtype).removeprefix("torch.") not in DTYPE_NUMBERS
-        ),
-        None,
-    )
+def _foreign_tensor(node: Node) -> str | None:
+    """What is wrong with the first operand or result that the delegate cannot hold."""
+    values = [node.meta.get("val"), *(arg.meta.get("val") for arg in node.all_input_nodes)]
+    for tensor in torch.utils._pytree.tree_leaves(values):
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        if str(tensor.dtype).removeprefix("torch.") not in DTYPE_NUMBERS:
+            return f"expected tensors of {', '.join(DTYPE_NUMBERS)}, got {tensor.dtype}"
+        if is_channels_last_contiguous_or_false(tensor) and not is_contiguous_or_false(tensor):
+            return "expected contiguous tensors, got channels_last"
+    return None
 
 
 def _refuse_int4_that_cannot_be_honoured(program: ExportedProgram) -> None:

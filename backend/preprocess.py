@@ -27,7 +27,7 @@ from .blob import (
     pack_blob,
 )
 from .layouts import check_tag
-from .nested_program import NestedProgram, emit_nested_program, weight_name
+from .nested_program import NestedProgram, emit_nested_program, nested_name, weight_name
 from .passes import run_passes
 from .passes.graph import args_of, calls
 
@@ -167,19 +167,10 @@ def _named_data(nested: NestedProgram, external_tag: str | None) -> NamedDataSto
 
 def _check_ops(ops: Sequence[str]) -> None:
     """What the emitter made of the graph must still be within the runtime's table."""
-    known = supported_ops()
-    missing = sorted(op for op in ops if _table_name(op, known) is None)
+    known = {nested_name(op) for op in supported_ops()}
+    missing = sorted(op for op in ops if op not in known)
     if missing:
         raise NotImplementedError(
             f"CudaInt4Backend: expected ops of the runtime's table, got {', '.join(missing)} from "
             "the emitter; the partitioner should have left them outside, please report the model"
         )
-
-
-def _table_name(op: str, known: frozenset[str]) -> str | None:
-    """The name under which the table knows an op of the nested program."""
-    candidates = [op]
-    if op.startswith("cuda_int4::"):
-        name = op.removeprefix("cuda_int4::")
-        candidates += [f"aten::{name}", f"dim_order_ops::{name}"]
-    return next((name for name in candidates if name in known), None)

@@ -296,10 +296,22 @@ def test_a_weight_s_own_activation_is_kept_unless_asked_otherwise():
     assert blobs(manager)[0].linears[0].activation == "int8"
 
 
-def test_a_graph_without_int4_is_delegated_as_well():
-    manager, partitioner = lower(nn.Sequential(nn.Linear(32, 8), nn.GELU()), X)
+@pytest.mark.parametrize("whole", [True, False])
+def test_dense_linears_are_delegated_as_well(whole, tmp_path):
+    model = nn.Sequential(nn.Linear(32, 8), nn.GELU(), nn.Linear(8, 3, bias=False))
+    manager, partitioner = lower(model, X, whole=whole)
     assert partitioner.report == [] and outside(manager) == []
     assert blobs(manager)[0].linears == ()
+    assert ("cuda_int4::dense_linear.out" in blobs(manager)[0].ops) == whole
+    assert_runs_like_eager(manager, model, X, tmp_path=tmp_path)
+
+
+def test_another_dim_order_stays_outside():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).to(memory_format=torch.channels_last)
+    image = torch.randn(1, 3, 8, 8).to(memory_format=torch.channels_last)
+    _, partitioner = lower(model, image)
+    reasons = {entry["reason"] for entry in partitioner.report}
+    assert reasons == {"expected contiguous tensors, got channels_last"}
 
 
 class Batched(nn.Module):

@@ -115,6 +115,7 @@ OpFunction find_cpu_kernel(std::string_view nested_name) {
   const std::string_view op = nested_name.substr(kOurs.size());
   for (const OwnOp& own : own_ops())
     if (op == own.name) return own.cpu_kernel;
+  if (op == "dense_linear.out") return find_registered("aten::linear.out");
   for (const Forwarded& forwarded : kForwarded)
     for (const char* name : forwarded.ops)
       if (op == name) return find_registered(std::string(forwarded.graph_namespace) + name);

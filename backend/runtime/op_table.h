@@ -4,6 +4,7 @@
 //   name in a graph                 name in a nested program      kernel on the CPU
 //   cuda_int4::linear.out           the same                      ours (own_ops.cpp, kernels/)
 //   aten::mul.out                   cuda_int4::mul.out            ExecuTorch's aten::mul.out
+//   aten::linear.out                cuda_int4::dense_linear.out   ExecuTorch's: the name is taken
 //   dim_order_ops::_clone...out     cuda_int4::_clone...out       ExecuTorch's
 //   aten::sym_size.int              the same                      ExecuTorch's, on shapes only
 //   executorch_prim::add.Scalar     the same                      ExecuTorch's, on ints only
