@@ -11,8 +11,9 @@ ExecuTorch emits the program as it would emit a whole ``.pte``; the result is th
 
 Inputs, outputs and mutable buffers are not memory-planned: the delegate owns them, or gets them.
 
-Private APIs of executorch 1.5.1 are used here and in partitioner.py, and nowhere else:
-``ExecutorchProgramManager._emitter_output``, ``serialize_for_executorch``, ``exir.schema``.
+Private APIs of executorch 1.5.1 used here: ``ExecutorchProgramManager._emitter_output``,
+``serialize_for_executorch``, ``exir.schema``, ``reinplace_pass``. Those of partitioner.py,
+preprocess.py and pte_file.py are named there; no other file uses any.
 """
 
 from __future__ import annotations

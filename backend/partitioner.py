@@ -5,8 +5,8 @@ turns it into one that has. An int4 linear that cannot be honoured is an error: 
 would need its dense weight. Any other node without a kernel stays outside, on ExecuTorch's own CPU
 kernels, and its reason is logged, kept in ``report`` and written into the blob's compile specs.
 
-Private APIs of executorch 1.5.1 are used here and in nested_program.py, and nowhere else:
-``EdgeOpOverload.to_out_variant``, ``_PYTHON_SYM_OPS_TO_EXECUTORCH_SYM_OPS``.
+Private APIs of executorch 1.5.1 used here: ``EdgeOpOverload.to_out_variant``,
+``_PYTHON_SYM_OPS_TO_EXECUTORCH_SYM_OPS``.
 """
 
 from __future__ import annotations
