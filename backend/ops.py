@@ -5,8 +5,8 @@ and CUDA tensors, which calls the C entry point of libcuda_int4 that the ``.pte`
 eager and ``.pte`` share one check and one kernel. Each has an ``.out`` overload, which ExecuTorch's
 memory planning needs.
 
-    linear     y[..., n] = sum_k x[..., k] * w[n, k] + bias[n], w = (q - zero_point) * scale; what the
-               parts look like in memory is set by ``layout_tag`` (layouts.py)
+    linear     y[..., n] = sum_k x[..., k] * w[n, k] + bias[n], w = (q - zero_point) * scale; what
+               the parts look like in memory is set by ``layout_tag`` (layouts.py)
     attention  softmax(q @ k.T * scale + mask) @ v; q [B, Hq, S, D], k and v [B, Hkv, T, D]
     rms_norm   x / sqrt(mean(x^2) + eps) * weight over the last dimension
     silu       x * sigmoid(x)

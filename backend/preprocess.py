@@ -3,6 +3,8 @@
 subgraph -> passes -> nested program without constants   (nested_program.py)
                    -> named data: one entry per distinct constant
                    -> blob: header, records, nested program (blob.py)
+
+A private API of executorch 1.5.1 used here: ``NamedDataStore``.
 """
 
 from __future__ import annotations
