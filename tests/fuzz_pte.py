@@ -12,8 +12,8 @@ error and a reason, or gives exactly the answer of the undamaged file. Damage by
     inside     the same within the delegate blob or the constants of a .pte without a seal; these go
                through stock executorch.runtime too
     forged     fields of the delegate blob set to extremes, every checksum then made right
-    unsealed   in ExecuTorch's own program around the delegate, in a .pte without a seal: only
-               crashes and hangs count (--unsealed; no checksum covers what ExecuTorch writes)
+    unsealed   in ExecuTorch's own program around the delegate or tables of the .ptd, without a
+               seal: only crashes and hangs count (--unsealed; no checksum covers those)
 """
 
 from __future__ import annotations
@@ -162,6 +162,11 @@ def make_case(index: int, seed: int, bases: tuple[Base, Base], *, unsealed: bool
     rng = random.Random(f"{seed}/{index}")
     whole, apart = bases
     if unsealed:
+        if rng.randrange(3) == 0:
+            offset, nbytes = struct.unpack_from("<QQ", apart.ptd, 16)
+            data = bytearray(apart.ptd[:-SEAL_NBYTES])
+            rng.choice(IN_PLACE)(rng, data, 0, offset + nbytes)
+            return Case("unsealed", apart.pte, bytes(data))
         data = bytearray(whole.pte[:-SEAL_NBYTES])
         (program_nbytes,) = struct.unpack_from("<Q", data, 16)
         rng.choice(IN_PLACE)(rng, data, 0, program_nbytes)

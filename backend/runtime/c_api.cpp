@@ -6,6 +6,7 @@
 
 #include "c_api_internal.h"
 #include "checksum.h"
+#include "device.h"
 #include "errors.h"
 #include "op_table.h"
 #include "parallel.h"
@@ -23,16 +24,22 @@ int32_t eager_op(const char* name, const Args* args, int32_t device, void* strea
                  Status (*run)(const Args&, const ExecutionContext&)) noexcept {
   return guarded([&]() -> Error {
     if (args == nullptr) return fail(Error::InvalidArgument, "%s: args is nullptr", name);
-    if (device != int32_t(DeviceKind::kCpu))
-      return fail(Error::NotSupported,
-                  "%s: expected device 0 (CPU), got %d; this build has no CUDA kernels: move the "
-                  "tensors to the CPU",
-                  name, device);
+    if (device != int32_t(DeviceKind::kCpu) && device != int32_t(DeviceKind::kCuda))
+      return fail(Error::InvalidArgument, "%s: expected device 0 (CPU) or 1 (CUDA), got %d", name,
+                  device);
     const Error invalid = fail(validate(*args));
     if (invalid != Error::Ok) return invalid;
-    ExecutionContext context{DeviceKind::kCpu, stream, &parallel_for, nullptr, 0};
-    std::vector<uint8_t> scratch;
+    const bool on_cpu = device == int32_t(DeviceKind::kCpu);
+    ExecutionContext context{static_cast<DeviceKind>(device), stream,
+                             on_cpu ? &parallel_for : nullptr, nullptr, 0};
     if (scratch_bytes != nullptr) context.scratch_bytes = scratch_bytes(*args, context.device);
+    std::vector<uint8_t> scratch;
+    if (context.scratch_bytes > 0 && !on_cpu)
+      return fail(
+          Error::NotSupported,
+          "%s: this kernel needs %llu bytes of device memory beside its tensors, which eager "
+          "does not give it; run it from a .pte",
+          name, static_cast<unsigned long long>(context.scratch_bytes));
     if (context.scratch_bytes > 0) {
       constexpr uint64_t kAlign = 64;
       scratch.resize(context.scratch_bytes + kAlign);
@@ -49,7 +56,7 @@ const char* cuda_int4_version(void) { return CUDA_INT4_VERSION; }
 const char* cuda_int4_last_error(void) { return last_error(); }
 void cuda_int4_clear_last_error(void) { clear_last_error(); }
 int32_t cuda_int4_cuda_built(void) { return CUDA_INT4_WITH_CUDA; }
-int32_t cuda_int4_cuda_available(void) { return 0; }  // no CUDA device in this version
+int32_t cuda_int4_cuda_available(void) { return CUDA_INT4_WITH_CUDA && cuda_gpu_answers(); }
 
 const char* cuda_int4_supported_ops(const char* device) {
   if (device == nullptr) return nullptr;

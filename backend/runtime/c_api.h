@@ -15,7 +15,7 @@
 // ---- library ----
 CUDA_INT4_API const char* cuda_int4_version(void);  // "0.1.0", the Python package's
 CUDA_INT4_API const char* cuda_int4_last_error(void);
-CUDA_INT4_API void cuda_int4_clear_last_error(void);  // "": to tell a new reason from an old one
+CUDA_INT4_API void cuda_int4_clear_last_error(void);   // "": to tell a new reason from an old one
 CUDA_INT4_API int32_t cuda_int4_cuda_built(void);      // 1 if this library has CUDA kernels
 CUDA_INT4_API int32_t cuda_int4_cuda_available(void);  // 1 if it has and a driver and GPU answer
 // Out-variant names of every op the delegate runs on `device` ("cpu" | "cuda"), one to a line, e.g.
@@ -97,8 +97,8 @@ struct cuda_int4_generate_stats {
   double prefill_s;
   double decode_s;
   double time_to_first_token_s;
-  int64_t prompt_tokens;  // read; fewer than given only if on_prefill ended it
-  int64_t new_tokens;     // chosen, a stop token included
+  int64_t prompt_tokens;       // read; fewer than given only if on_prefill ended it
+  int64_t new_tokens;          // chosen, a stop token included
   uint64_t peak_memory_bytes;  // of the process
   int32_t stop_reason;         // 0 max_new_tokens, 1 stop token, 2 end of context, 3 the callback
 };

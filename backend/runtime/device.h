@@ -44,6 +44,10 @@ class Device {
 
 std::unique_ptr<Device> make_cpu_device();
 
+/// Whether a CUDA driver is installed here and has a GPU. Asks the driver itself, at run time: the
+/// library is linked against none.
+bool cuda_gpu_answers();
+
 /// requested: "auto" | "cpu" | "cuda"; nullptr or "" is "auto". The environment variable
 /// CUDA_INT4_DEVICE takes the place of "auto".
 /// @retval NotSupported a device that this build or this machine does not have.

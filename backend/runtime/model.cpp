@@ -12,6 +12,7 @@
 #include "mapped_file.h"
 #include "model_method.h"
 #include "program_check.h"
+#include "ptd_check.h"
 #include "seal.h"
 
 namespace cuda_int4 {
@@ -52,6 +53,7 @@ Error Model::Impl::open_files(const char* path, const char* data_path, bool veri
   if (data_path != nullptr) {
     error = ptd.open(data_path);
     if (error == Error::Ok) error = check_file(ptd, FileKind::kPtd, verify, &ptd_body);
+    if (error == Error::Ok) error = check_ptd(ptd.data(), ptd_body.nbytes, data_path);
     if (error != Error::Ok) return error;
     all_verified = all_verified && ptd_body.verified;
     ptd_loader.emplace(ptd.data(), ptd_body.nbytes);
