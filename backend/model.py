@@ -216,7 +216,7 @@ def explained() -> Iterator[None]:
 
 
 def _code_in(text: str) -> int:
-    """The number in executorch's "error: 0x:30" or "error 0x30"; 1 (Internal) where there is none."""
+    """The number in executorch's "error: 0x:30" or "error 0x30"; else 1 (Internal)."""
     found = re.search(r"0x:?([0-9a-fA-F]+)", text)
     return int(found[1], 16) if found else 1
 

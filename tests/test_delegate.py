@@ -234,7 +234,9 @@ def test_a_closed_model_says_so(linear):
 def test_devices(linear):
     _, path = linear
     assert cuda_int4.load(path, device="cpu").forward(rows(1))
-    with pytest.raises(RuntimeError, match='device "cuda": cuda_int4 .* runs .pte files on the CPU only'):
+    with pytest.raises(
+        RuntimeError, match='device "cuda": cuda_int4 .* runs .pte files on the CPU only'
+    ):
         cuda_int4.load(path, device="cuda")
     with pytest.raises(RuntimeError, match='expected "auto", "cpu" or "cuda", got "tpu"'):
         cuda_int4.load(path, device="tpu")
