@@ -1,7 +1,7 @@
 """Export the byte Llama with int4 weights to ``byte_llama.pte``.
 
     python export.py                                        # bf16 activations, groups of 32
-    python export.py --group-size 128 --symmetric --activation int8 -o small.pte
+    python export.py --group-size 128 --activation int8 -o small.pte
     cuda-int4 run byte_llama.pte --tokenizer bytes --prompt 'def main():'
 
 ``forward(tokens [1, S] int64, input_pos [S] int64) -> logits [1, S, 256]`` with S from 1 to the
@@ -30,7 +30,7 @@ def build(
     *,
     weights: str | Path = WEIGHTS,
     group_size: int = 32,
-    symmetric: bool = False,
+    symmetric: bool = True,
     method: str = "hqq",
     activation: str = "none",
     dtype: torch.dtype = torch.bfloat16,
@@ -77,7 +77,7 @@ class Agreement:
     n_equal: int  # positions where both put the same byte first
     first_difference: int | None  # the first position where they do not
     widest_margin: float  # how far eager's top two lie apart, at most, where they do not
-    widest_margin_steps: float  # the same in steps of the logits' dtype, up to 2 being rounding
+    widest_margin_steps: float  # the same in steps of the logits' dtype at their size
     greatest_difference: float  # between two logits
     greatest_logit: float
 
@@ -128,7 +128,9 @@ def main() -> None:
     )
     parser.add_argument("-o", "--output", default="byte_llama.pte")
     parser.add_argument("--group-size", type=int, default=32)
-    parser.add_argument("--symmetric", action="store_true", help="no zero points")
+    parser.add_argument(
+        "--asymmetric", action="store_true", help="store a zero point beside each scale"
+    )
     parser.add_argument("--method", choices=["min_max", "hqq"], default="hqq")
     parser.add_argument("--activation", choices=["none", "int8"], default="none")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
@@ -139,7 +141,7 @@ def main() -> None:
     model, path = build(
         args.output,
         group_size=args.group_size,
-        symmetric=args.symmetric,
+        symmetric=not args.asymmetric,
         method=args.method,
         activation=args.activation,
         dtype=DTYPES[args.dtype],
