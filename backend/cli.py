@@ -9,9 +9,12 @@ Exit codes: 0 done, 1 the work failed (the reason is on stderr), 2 the command l
 import argparse
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+
+from . import _native
 
 
 @dataclass(frozen=True)
@@ -114,21 +117,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command is None:
         parser.print_help()
         return 0
-    _quiet_imports()
     try:
+        if not getattr(args, "verbose", False):
+            _be_quiet()
         return args.run(args)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except (OSError, ValueError, NotImplementedError, RuntimeError) as error:
+    except (ImportError, OSError, ValueError, NotImplementedError, RuntimeError) as error:
         print(f"cuda-int4 {args.command}: {error}", file=sys.stderr)
         return 1
 
 
-def _quiet_imports() -> None:
-    """Keep what torch and torchao log about themselves as they load out of the user's terminal."""
+def _be_quiet() -> None:
+    """Keep what ExecuTorch, torch and torchao log about themselves out of the user's terminal."""
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="`isinstance\\(treespec", category=FutureWarning)
+    _native.library().keep_log_quiet()
 
 
 if __name__ == "__main__":

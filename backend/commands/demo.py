@@ -1,8 +1,9 @@
 """``cuda-int4 demo``: the whole path on a small real model, in one command.
 
-Exports the byte Llama (export_examples/byte_llama, a Llama trained on the Python standard library)
-in w4a16 and in w4a8, decodes from each file with the C++ program, and compares both with the same
-int4 weights in plain PyTorch.
+Exports the byte Llama (export_examples/byte_llama, trained on the Python standard library) in w4a16
+and in w4a8, decodes from each file with the C++ program, and compares both with the same int4
+weights in plain PyTorch: the bytes that each writes by itself, always taking the likeliest, and
+what each thinks of the bytes of a given text.
 """
 
 import argparse
@@ -28,6 +29,9 @@ def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max-new", type=int, default=256, help="bytes to generate (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=3, help="of the text shown (default: %(default)s)"
     )
     parser.add_argument(
         "--check",
@@ -63,6 +67,8 @@ class Row:
     bits_per_weight: float
     decode_tokens_per_s: float
     prefill_tokens_per_s: float
+    n_greedy_equal: int
+    n_greedy: int
     agreement: Any
     explained: bool
 
@@ -79,36 +85,42 @@ def run_form(activation: str, folder: Path, args: argparse.Namespace) -> Row:
     weights = inspect(path)["weights"]
     n_weights = sum(weight["N"] * weight["K"] for weight in weights)
 
-    prefill, decode = decode_in_cpp(path, args, show=activation == "none")
-    print(f"{form}: comparing {args.check} tokens with PyTorch ...", file=sys.stderr, flush=True)
+    greedy = decode_in_cpp(path, args, temperature=0.0)
+    if activation == "none":
+        sampled = decode_in_cpp(path, args, temperature=0.7)
+        print(f"\n{args.prompt}{sampled['text']}\n", flush=True)
+    print(f"{form}: comparing with PyTorch ...", file=sys.stderr, flush=True)
+    reference = in_plain_torch(model)
+    reference.reset()
+    same = reference.generate(args.prompt.encode(), args.max_new)
+    pairs = list(zip(greedy["tokens"], same, strict=False))
     text = (shipped_folder("export_examples/byte_llama") / "train.py").read_bytes()
     text = text[: args.check - 1]
-    agreement = byte_llama.agreement(in_plain_torch(model), load(path, device="cpu").forward, text)
+    agreement = byte_llama.agreement(reference, load(path, device="cpu").forward, text)
     return Row(
         form,
         str(path),
         path.stat().st_size,
         8 * sum(weight["nbytes"] for weight in weights) / n_weights,
-        decode,
-        prefill,
+        greedy["decode_tokens_per_s"],
+        greedy["prefill_tokens_per_s"],
+        next((i for i, (ours, theirs) in enumerate(pairs) if ours != theirs), len(pairs)),
+        len(pairs),
         agreement,
         # w4a8 rounds activations, so its tokens may differ; the table says where.
         activation == "int8" or agreement.widest_margin <= 2 * agreement.greatest_difference,
     )
 
 
-def decode_in_cpp(path: Path, args: argparse.Namespace, show: bool) -> tuple[float, float]:
-    """Run cuda-int4-decode; returns prefill and decode tokens a second."""
+def decode_in_cpp(path: Path, args: argparse.Namespace, temperature: float) -> dict[str, Any]:
+    """Run cuda-int4-decode; returns the object that its --json prints."""
     program = _native.package_dir() / "bin" / "cuda-int4-decode"
     command = [program, path, "--device", "cpu", "--prompt", args.prompt, "--json"]
-    command += ["--max-new", str(args.max_new)]
+    command += ["--max-new", args.max_new, "--temperature", temperature, "--seed", args.seed]
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"{program.name} failed with exit code {done.returncode}: {done.stderr}")
-    result = json.loads(done.stdout)
-    if show:
-        print(f"\n{args.prompt}{result['text']}\n", flush=True)
-    return result["prefill_tokens_per_s"], result["decode_tokens_per_s"]
+    return json.loads(done.stdout)
 
 
 def in_plain_torch(model: Any) -> Any:
@@ -157,6 +169,7 @@ def print_table(rows: list[Row]) -> None:
     line("bits per int4 weight", (f"{row.bits_per_weight:.2f}" for row in rows))
     line("prefill", (f"{row.prefill_tokens_per_s:.0f} tokens/s" for row in rows))
     line("decode", (f"{row.decode_tokens_per_s:.0f} tokens/s" for row in rows))
+    line("greedy bytes as in PyTorch", (f"{row.n_greedy_equal} of {row.n_greedy}" for row in rows))
     line("greatest difference of a logit", (f"{r.agreement.greatest_difference:.4f}" for r in rows))
     line("greatest logit", (f"{row.agreement.greatest_logit:.2f}" for row in rows))
     line(

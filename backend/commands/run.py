@@ -162,8 +162,6 @@ def run_command(args: argparse.Namespace) -> int:
     """
     from ..model import load
 
-    if not args.verbose:
-        _native.library().keep_log_quiet()
     tokenizer = load_tokenizer(args.tokenizer)
     if args.threads is not None:
         _native.check(_native.library().set_num_threads(args.threads))
