@@ -5,12 +5,12 @@
 
 namespace cuda_int4 {
 
-// f(begin, end) over ranges that cover [0, n), on the caller's thread where there is no pool or
-// no more than `grain` to do.
+// f(begin, end) over ranges that cover [0, n), on the caller's thread where there is no pool or too
+// little for two ranges of `grain`.
 template <class Function>
 void parallel_ranges(const ExecutionContext& context, int64_t n, int64_t grain, const Function& f) {
   if (n <= 0) return;
-  if (context.parallel_for == nullptr || n <= grain) {
+  if (context.parallel_for == nullptr || n < 2 * grain) {
     f(int64_t{0}, n);
     return;
   }
