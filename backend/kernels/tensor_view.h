@@ -41,11 +41,11 @@ static_assert(sizeof(TensorView) == 152, "mirrored by backend/_native.py");
 
 enum class StatusCode : int32_t {
   kOk = 0,
-  kInvalidArgument = 1,      // the caller's tensors disagree with each other or with the contract
-  kIncompatibleLayout = 2,   // sound data in a layout or version that this build does not read
-  kUnsupported = 3,          // well-formed, but no kernel on this device
+  kInvalidArgument = 1,     // the caller's tensors disagree with each other or with the contract
+  kIncompatibleLayout = 2,  // sound data in a layout or version that this build does not read
+  kUnsupported = 3,         // well-formed, but no kernel on this device
   kOutOfMemory = 4,
-  kDeviceError = 5,          // the driver said no
+  kDeviceError = 5,  // the driver said no
 };
 
 // What a kernel entry point returns: a code and, unless it is kOk, who expected what, what came,
@@ -61,9 +61,8 @@ enum class DeviceKind : int32_t { kCpu = 0, kCuda = 1 };
 
 // Runs fn(context, begin, end) over disjoint ranges that cover [0, n), each at least `grain` long
 // but the last, on the caller's thread pool; returns when all have run.
-using ParallelFor = void (*)(int64_t n, int64_t grain, void (*fn)(void* context, int64_t begin,
-                                                                  int64_t end),
-                             void* context);
+using ParallelFor = void (*)(int64_t n, int64_t grain,
+                             void (*fn)(void* context, int64_t begin, int64_t end), void* context);
 
 struct ExecutionContext {
   DeviceKind device;
