@@ -92,18 +92,25 @@ def test_held_out_source_is_predicted():
     assert bits < 1.2, f"expected at most 1.2 bits per byte, got {bits:.3f}"
 
 
-@pytest.mark.parametrize(("activation", "steps"), [("none", 4), ("int8", 8)])
-def test_program_agrees_with_eager(tmp_path, activation, steps):
-    model, path = byte_llama.build(
-        tmp_path / "byte_llama.pte", method="min_max", activation=activation, max_context=CONTEXT
-    )
+def test_program_agrees_with_eager(tmp_path):
+    model, path = byte_llama.build(tmp_path / "byte_llama.pte", max_context=CONTEXT)
     program = cuda_int4.load(path, device="cpu")
     found = byte_llama.agreement(model, program.forward, TEXT[: N_TOKENS - 1])
     assert found.n_tokens == N_TOKENS
-    # Rounding activations to bfloat16 alone moves a logit by up to 0.19, some 6 steps at that size;
-    # in w4a8 a nudge over the middle between two int8 values doubles it.
-    assert found.widest_margin_steps <= steps, found
-    assert found.greatest_difference <= 0.1 * steps, found
+    # Rounding activations to bfloat16 alone moves a logit by up to 0.19, some 6 steps at that size.
+    assert found.widest_margin_steps <= 4, found
+    assert found.greatest_difference <= 0.4, found
+
+
+def test_program_agrees_with_eager_in_w4a8(tmp_path):
+    model, path = byte_llama.build(
+        tmp_path / "byte_llama.pte", method="min_max", activation="int8", max_context=CONTEXT
+    )
+    program = cuda_int4.load(path, device="cpu")
+    found = byte_llama.agreement(model, program.forward, TEXT[: N_TOKENS - 1])
+    # One bfloat16 step can push an activation over the middle between two int8 values.
+    assert found.n_equal >= 0.95 * N_TOKENS, found
+    assert found.greatest_difference <= 0.8, found
 
 
 def test_program_agrees_with_eager_in_float32(tmp_path):
