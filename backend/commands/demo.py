@@ -20,12 +20,17 @@ from .. import _native
 from .shipped import shipped_folder, shipped_script
 
 FORMS = {"none": "w4a16", "int8": "w4a8"}
+# bfloat16 activations, rounded in another order, move a logit by a few steps of bfloat16: where
+# PyTorch's two likeliest tokens lie closer than this, either may come first.
+ROUNDING_STEPS = 4
 
 
 def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``cuda-int4 demo``."""
     parser.add_argument(
-        "--prompt", default="def read_config(path):\n", help="text to continue (default: a def)"
+        "--prompt",
+        default="class Stack:\n    def __init__(self",
+        help="text to continue (default: the head of a class)",
     )
     parser.add_argument(
         "--max-new", type=int, default=256, help="bytes to generate (default: %(default)s)"
@@ -87,7 +92,7 @@ def run_form(activation: str, folder: Path, args: argparse.Namespace) -> Row:
 
     greedy = decode_in_cpp(path, args, temperature=0.0)
     if activation == "none":
-        sampled = decode_in_cpp(path, args, temperature=0.7)
+        sampled = decode_in_cpp(path, args, temperature=0.6)
         print(f"\n{args.prompt}{sampled['text']}\n", flush=True)
     print(f"{form}: comparing with PyTorch ...", file=sys.stderr, flush=True)
     reference = in_plain_torch(model)
@@ -108,7 +113,7 @@ def run_form(activation: str, folder: Path, args: argparse.Namespace) -> Row:
         len(pairs),
         agreement,
         # w4a8 rounds activations, so its tokens may differ; the table says where.
-        activation == "int8" or agreement.widest_margin <= 2 * agreement.greatest_difference,
+        activation == "int8" or agreement.widest_margin_steps <= ROUNDING_STEPS,
     )
 
 
