@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import shutil
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
 import cuda_int4
 import delegate_models as models
+import language_models
+from cuda_int4 import _native
+from cuda_int4._native import CudaInt4Error
 from cuda_int4.model import explained
 from delegate_models import dim, make, rows, write
 
@@ -132,6 +138,21 @@ def test_two_models_of_one_file_share_no_state(cache):
     assert_all_same(sums(two.forward), expected)
 
 
+def test_a_reset_empties_caches_that_another_copy_of_the_library_holds(cache, tmp_path):
+    copy = tmp_path / "libcuda_int4_copy.so"
+    shutil.copy(_native.library()._name, copy)
+    code = (
+        "import ctypes, sys, torch; sys.path.insert(0, sys.argv[1]);"
+        "from cuda_int4 import _native; _native._load_executorch(); ctypes.CDLL(sys.argv[2]);"
+        "import cuda_int4, test_delegate as t; loaded = cuda_int4.load(sys.argv[3]);"
+        "expected = t.sums(loaded.forward); loaded.reset();"
+        "t.assert_all_same(t.sums(loaded.forward), expected)"
+    )
+    command = [sys.executable, "-c", code, Path(__file__).parent, copy, cache]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert found.returncode == 0, found.stderr[-2000:]
+
+
 def test_two_threads_with_a_model_each(cache):
     expected = sums(cuda_int4.load(cache).forward)
     failures = []
@@ -210,9 +231,40 @@ def test_inputs_are_checked(linear):
         ((3,), "input 0: expected dtype float32, got int64"),
     ]
     for inputs, expected in cases:
-        with pytest.raises(cuda_int4._native.CudaInt4Error, match=expected):
+        with pytest.raises(CudaInt4Error, match=expected):
             loaded.forward(*inputs)
     loaded.forward(rows(3))  # and it still runs
+
+
+def test_a_kernel_that_refuses_is_named(cache, tmp_path):
+    past_the_end = torch.tensor([16])
+    with pytest.raises(CudaInt4Error, match="program: cuda_int4::index_put_ refused .*Argument"):
+        cuda_int4.load(cache).forward(rows(1), past_the_end)
+    history = language_models.HistoryModel(context=16)
+    path = language_models.export_plain(history, tmp_path / "plain.pte")
+    with pytest.raises(CudaInt4Error, match="forward: aten::index_put.* outside CudaInt4Backend"):
+        cuda_int4.load(path).forward(torch.tensor([[1]]), past_the_end)
+
+
+def test_no_rows(linear):
+    model, path = linear
+    loaded = cuda_int4.load(path)
+    for x in (torch.empty(0, models.K), rows(3), rows(3)[:0]):
+        assert_same(loaded.forward(x)[0], model(x))
+
+
+def test_an_input_in_the_memory_of_an_output_is_refused(tmp_path):
+    model = make(models.ManyOutputs())
+    loaded = cuda_int4.load(write(model, tmp_path / "model.pte", (rows(3),), ({0: dim()},)))
+    x, view = rows(3), _native.TensorView()
+    for _ in range(2):  # its first output is x: the same x again is no mistake
+        loaded.forward(x)
+    _native.check(_native.library().model_output(loaded.handle, 1, view))
+    with pytest.raises(CudaInt4Error, match="input 0: .* that of output 1, .*; pass a copy"):
+        _native.check(
+            _native.library().model_forward(loaded.handle, b"forward", view, 1, ctypes.c_uint64())
+        )
+    assert_same(loaded.forward(x)[1], model(x)[1])
 
 
 def test_strided_inputs_are_made_contiguous(linear):
@@ -274,7 +326,7 @@ def test_executorch_errors_get_their_reason(linear, stock):
     data[at + 40] ^= 1
     damaged = path.with_name("damaged.pte")
     damaged.write_bytes(data)
-    with pytest.raises(cuda_int4._native.CudaInt4Error, match="delegate blob: expected checksum"):
+    with pytest.raises(CudaInt4Error, match="delegate blob: expected checksum"):
         with explained():
             stock.load_program(damaged).load_method("forward")
     with pytest.raises(RuntimeError, match="error 0x10"):  # not ours: left alone

@@ -51,7 +51,8 @@ CUDA_INT4_API int32_t cuda_int4_model_open(const char* path, const char* data_pa
                                            const char* device, int32_t verify,
                                            cuda_int4_model** out);
 CUDA_INT4_API void cuda_int4_model_close(cuda_int4_model* model);
-// Runs `method` ("forward"). Inputs are borrowed for the call. Afterwards output i can be looked at
+// Runs `method` ("forward"). Inputs are borrowed for the call, and are no views of the method's own
+// outputs, which the call writes. Afterwards output i can be looked at
 // through cuda_int4_model_output until the next call on this model; non-tensor inputs and outputs
 // are 0-dimensional tensors (int64, float64, bool).
 CUDA_INT4_API int32_t cuda_int4_model_forward(cuda_int4_model* model, const char* method,

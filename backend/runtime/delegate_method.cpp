@@ -353,12 +353,16 @@ Error DelegateMethod::execute(Span<EValue*> args) {
     const Error error = bind_output(i, *args[n_inputs + i]);
     if (error != Error::Ok) return error;
   }
+  const size_t before = temp_->resets();
   const Error error = method_->execute();
-  if (error != Error::Ok)
+  if (error != Error::Ok) {
+    const std::string op =
+        operator_at(blob_.program, method_->method_meta().name(), temp_->resets() - before - 2);
     return fail_unless_explained(error,
-                                 "nested program: a kernel refused its arguments with %s (the log "
-                                 "names it); run with sizes the model was exported for",
-                                 executorch::runtime::to_string(error));
+                                 "nested program: %s refused its arguments with %s (the log says "
+                                 "why); run with sizes and indices the model was exported for",
+                                 op.c_str(), executorch::runtime::to_string(error));
+  }
   for (size_t i = 0; i < outputs_.size(); ++i) {
     const Error handed = hand_over(i, *args[n_inputs + i]);
     if (handed != Error::Ok) return handed;

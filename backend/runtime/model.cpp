@@ -76,6 +76,7 @@ Error Model::Impl::open_files(const char* path, const char* data_path, bool veri
         "it again",
         path, executorch::runtime::to_string(loaded.error()));
   program.emplace(std::move(loaded.get()));
+  source.program_data = pte.data();
   source.program = &*program;
   return Error::Ok;
 }
@@ -103,7 +104,7 @@ Error Model::open(const char* path, const char* data_path, const char* device, b
   if (path == nullptr || out == nullptr)
     return fail(Error::InvalidArgument, "Model::open: path and out must not be nullptr");
   auto impl = std::make_unique<Impl>();
-  impl->source = {nullptr, nullptr, device == nullptr ? "auto" : device, verify};
+  impl->source = {nullptr, nullptr, nullptr, device == nullptr ? "auto" : device, verify};
   Error error = impl->open_files(path, data_path, verify);
   if (error == Error::Ok) error = impl->open_methods();
   if (error != Error::Ok) return error;

@@ -45,7 +45,8 @@ class CUDA_INT4_EXPORT Model {
   executorch::runtime::Error input_info(const char* method, size_t index, TensorView* info) const;
   executorch::runtime::Error output_info(const char* method, size_t index, TensorView* info) const;
 
-  /// Runs `method`. Inputs are contiguous, borrowed for the call; an int, double or bool input is
+  /// Runs `method`. Inputs are contiguous, borrowed for the call, and not views of the method's own
+  /// outputs, which the call writes; an int, double or bool input is
   /// the 0-dimensional tensor (int64, float64, bool) of it. *n_outputs may be nullptr.
   executorch::runtime::Error forward(const char* method, const TensorView* inputs, size_t n_inputs,
                                      size_t* n_outputs);

@@ -64,6 +64,7 @@ ModelMethod::ModelMethod(const Source& source, const MethodShape& shape)
     : source_(source),
       name_(shape.name),
       only_delegates_(shape.kernel_calls == 0 && shape.other_instructions == 0),
+      n_delegate_calls_(shape.delegate_calls),
       host_(make_cpu_device()) {}
 
 ModelMethod::~ModelMethod() {
@@ -158,6 +159,8 @@ Error ModelMethod::describe() {
   for (size_t i = 0; i < method_->outputs_size(); ++i) {
     Output output;
     output.tag = method_->get_output(i).tag;
+    for (size_t j = 0; j < method_->inputs_size(); ++j)
+      output.is_input = output.is_input || &method_->get_input(j) == &method_->get_output(i);
     output.info = number_info(output.tag);
     if (output.tag == Tag::Tensor) {
       const Result<TensorInfo> info = meta.output_tensor_meta(i);
@@ -180,6 +183,22 @@ Error ModelMethod::describe() {
       }
     }
     outputs_.push_back(output);
+  }
+  return Error::Ok;
+}
+
+/// An input that lies in an output's memory would change while it is read, or before.
+Error ModelMethod::check_apart(size_t i, const TensorView& view) const {
+  const auto begin = reinterpret_cast<uintptr_t>(view.data);
+  for (size_t j = 0; j < outputs_.size(); ++j) {
+    const EValue& value = method_->get_output(j);
+    if (!value.isTensor() || outputs_[j].is_input) continue;
+    const auto output = reinterpret_cast<uintptr_t>(value.toTensor().const_data_ptr());
+    if (begin < output + value.toTensor().nbytes() && output < begin + view.nbytes)
+      return fail(Error::InvalidArgument,
+                  "%s: input %zu: expected memory of its own, got that of output %zu, which the "
+                  "call writes; pass a copy",
+                  name_.c_str(), i, j);
   }
   return Error::Ok;
 }
@@ -231,12 +250,12 @@ Error ModelMethod::set_input(size_t i, const TensorView& view) {
   SizesType sizes[kMaxDims];
   StridesType strides[kMaxDims];
   DimOrderType dim_order[kMaxDims];
-  int64_t stride = 1;
+  uint64_t stride = 1;  // of a tensor without elements it may wrap around, and means nothing
   for (int d = view.ndim - 1; d >= 0; --d) {
     sizes[d] = SizesType(view.sizes[d]);
     strides[d] = StridesType(stride);
     dim_order[d] = DimOrderType(d);
-    stride *= std::max<int64_t>(view.sizes[d], 1);
+    stride *= uint64_t(std::max<int64_t>(view.sizes[d], 1));
   }
   TensorImpl impl(static_cast<ScalarType>(view.dtype), view.ndim, sizes, view.data, dim_order,
                   strides);
@@ -251,24 +270,33 @@ Error ModelMethod::forward(const TensorView* inputs, size_t n) {
   if (n != inputs_.size())
     return fail(Error::InvalidArgument, "%s: expected %zu inputs, got %zu", name_.c_str(),
                 inputs_.size(), n);
+  if (!method_.has_value())  // open() failed in a reset
+    return fail(Error::InvalidState, "%s: the reset before failed; open the model again",
+                name_.c_str());
+  for (size_t i = 0; i < n; ++i) {
+    const Error error = check_apart(i, inputs[i]);
+    if (error != Error::Ok) return error;
+  }
   for (size_t i = 0; i < n; ++i) {
     const Error error = set_input(i, inputs[i]);
     if (error != Error::Ok) return error;
   }
   clear_last_error();
+  const size_t before = temp_->resets();
   const Error error = method_->execute();
-  return error == Error::Ok
-             ? error
-             : fail_unless_explained(error,
-                                     "%s: a kernel outside CudaInt4Backend refused its arguments "
-                                     "with %s; the log names it",
-                                     name_.c_str(), executorch::runtime::to_string(error));
+  if (error == Error::Ok) return error;
+  const std::string op = operator_at(source_.program_data, name_, temp_->resets() - before - 2);
+  return fail_unless_explained(error,
+                               "%s: %s outside CudaInt4Backend refused its arguments with %s (the "
+                               "log says why); run with sizes and indices the model was exported "
+                               "for",
+                               name_.c_str(), op.c_str(), executorch::runtime::to_string(error));
 }
 
 Error ModelMethod::output(size_t i, TensorView* out) {
   if (i >= outputs_.size())
-    return fail(Error::InvalidArgument, "%s: expected an output in 0..%zu, got %zu", name_.c_str(),
-                outputs_.size() - 1, i);
+    return fail(Error::InvalidArgument, "%s: expected one of %zu outputs, got number %zu",
+                name_.c_str(), outputs_.size(), i);
   const EValue& value = method_->get_output(i);
   Output& output = outputs_[i];
   if (value.isTensor()) {
@@ -291,7 +319,9 @@ Error ModelMethod::output(size_t i, TensorView* out) {
 }
 
 Error ModelMethod::reset() {
-  if (!only_delegates_) return open();  // state outside delegates: load it afresh
+  // State outside our delegates (or in those of another copy of this library, which came first and
+  // is the one that ExecuTorch runs): load it afresh.
+  if (!only_delegates_ || delegates_.size() != n_delegate_calls_) return open();
   for (DelegateMethod* delegate : delegates_) {
     const Error error = delegate->reset();
     if (error != Error::Ok) return error;

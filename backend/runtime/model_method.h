@@ -21,6 +21,7 @@ namespace cuda_int4 {
 class ModelMethod {
  public:
   struct Source {
+    const void* program_data;  // what `program` was loaded from, past check_program
     const executorch::runtime::Program* program;
     const executorch::runtime::NamedDataMap* data;  // the .ptd, or nullptr
     std::string device;
@@ -53,7 +54,8 @@ class ModelMethod {
   struct Output {
     TensorView info;
     executorch::runtime::Tag tag;
-    void* own = nullptr;  // memory for an output that the program plans none for
+    bool is_input = false;  // handed through
+    void* own = nullptr;    // memory for an output that the program plans none for
     union {
       int64_t as_int;
       double as_double;
@@ -64,11 +66,13 @@ class ModelMethod {
   ModelMethod(const Source& source, const MethodShape& shape);
   executorch::runtime::Error open();
   executorch::runtime::Error describe();
+  executorch::runtime::Error check_apart(size_t i, const TensorView& view) const;
   executorch::runtime::Error set_input(size_t i, const TensorView& view);
 
   const Source& source_;
   std::string name_;
   bool only_delegates_;  // nothing outside them runs, so all state is theirs
+  size_t n_delegate_calls_;
   std::unique_ptr<Device> host_;
   std::vector<void*> allocations_;  // of host_
   std::vector<executorch::runtime::Span<uint8_t>> planned_spans_;

@@ -244,6 +244,28 @@ std::vector<std::string> program_operators(const void* data) {
   return names;
 }
 
+std::string operator_at(const void* data, std::string_view method, size_t index) {
+  const std::string unknown = "an op";
+  const Vector plans = flatbuffer::root(data).vector(ProgramField::kPlans);
+  for (uint32_t p = 0; p < plans.size(); ++p) {
+    const Table plan(plans.offset(p));
+    if (plan.string(PlanField::kName) != method) continue;
+    const Vector chains = plan.vector(PlanField::kChains);
+    for (uint32_t c = 0; c < chains.size(); ++c) {
+      const Vector instructions = Table(chains.offset(c)).vector(2);
+      for (uint32_t i = 0; i < instructions.size(); ++i, --index) {
+        const Table instruction(instructions.offset(i));
+        const auto type = instruction.scalar<uint8_t>(0, 0);
+        if (type == kJumpFalseCall || (index == 0 && type != kKernelCall)) return unknown;
+        if (index > 0) continue;
+        const auto op = uint32_t(instruction.table(1).scalar<int32_t>(0, 0));
+        return operator_name(Table(plan.vector(PlanField::kOperators).offset(op)));
+      }
+    }
+  }
+  return unknown;
+}
+
 Error program_linears(const void* data, std::vector<LinearCall>* out) {
   const auto damaged = [] {
     return fail(Error::InvalidProgram,

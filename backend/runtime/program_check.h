@@ -39,6 +39,10 @@ executorch::runtime::Error check_program(const void* data, const char* what,
 /// Name and overload of every operator of every method ("cuda_int4::mul.out"); after check_program.
 std::vector<std::string> program_operators(const void* data);
 
+/// The operator that the `index`-th instruction of `method` calls, for messages; after
+/// check_program. "an op" where it calls none or, because of jumps, cannot be told.
+std::string operator_at(const void* data, std::string_view method, size_t index);
+
 /// Every call of cuda_int4::linear, after check_program. An argument that is not what the op's
 /// schema says is InvalidProgram.
 executorch::runtime::Error program_linears(const void* data, std::vector<LinearCall>* out);

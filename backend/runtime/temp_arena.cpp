@@ -25,6 +25,7 @@ void* TempArena::allocate(size_t size, size_t alignment) {
 }
 
 void TempArena::reset() {
+  ++resets_;
   if (!apart_.empty()) {
     const size_t needed = used_ + kDeviceAlignment + apart_bytes_;
     free_apart();

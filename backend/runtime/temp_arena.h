@@ -22,6 +22,9 @@ class TempArena final : public executorch::runtime::MemoryAllocator {
 
   void* allocate(size_t size, size_t alignment = kDefaultAlignment) override;
   void reset() override;
+  /// One for each execution that began and each instruction that ran, a failed one too: the only
+  /// place where ExecuTorch lets a caller see which instruction failed.
+  size_t resets() const { return resets_; }
 
  private:
   void free_apart();
@@ -31,6 +34,7 @@ class TempArena final : public executorch::runtime::MemoryAllocator {
   size_t block_bytes_ = 0;
   size_t used_ = 0;  // of block_
   size_t apart_bytes_ = 0;
+  size_t resets_ = 0;
   std::vector<void*> apart_;
 };
 
