@@ -50,7 +50,7 @@ class Int4Config:
         if self.group_size != -1 and self.group_size not in GROUP_SIZES:
             raise ValueError(
                 f"Int4Config: expected group_size in {', '.join(map(str, GROUP_SIZES))} or -1 (one "
-                f"per row), got {self.group_size}; 128 is a good start"
+                f"per row), got {self.group_size!r}; 128 is a good start"
             )
         for name, value, known in (
             ("method", self.method, tuple(_SOLVERS)),
@@ -155,6 +155,7 @@ def quantize_weight(
     qdata = torch.empty(N, K // 2, dtype=torch.uint8, device=weight.device)
     scale = torch.empty(N, n_groups, dtype=scale_dtype, device=weight.device)
     zero_point = None if config.symmetric else torch.empty_like(scale)
+    lost = False  # whether a group's scale vanished; harmless where the weights are as coarse
     step = max(1, _CHUNK_WEIGHTS // K)
     for start in range(0, N, step):
         rows = slice(start, start + step)
@@ -168,11 +169,13 @@ def quantize_weight(
         qdata[rows] = pack_nibbles(q.reshape(-1, K))
         if zero_point is not None and z is not None:
             zero_point[rows] = z
+        lost |= bool(((scale[rows] == 0) & groups.any(-1)).any())
         advance(groups.numel())
-    if not bool(scale.isfinite().all()):
+    if not bool(scale.isfinite().all()) or (lost and scale_dtype != weight.dtype):
         raise ValueError(
-            f"{who}: expected scales within the range of {scale_dtype}, got inf; leave scale_dtype "
-            "out, or take torch.bfloat16"
+            f"{who}: expected scales within the range of {scale_dtype}, got "
+            f"{'0 for weights that are not' if lost else 'inf'}; leave scale_dtype out, or take "
+            "torch.bfloat16"
         )
     canonical = CanonicalInt4(qdata, scale, zero_point, group_size, None, weight.dtype)
     return CudaCoalescedInt4Tensor.from_int4(canonical, config.activation, who=who)

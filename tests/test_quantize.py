@@ -138,6 +138,23 @@ def test_scales_take_the_dtype_that_is_asked_for():
     assert (packed.scale.dtype, packed.dtype) == (torch.float16, torch.float32)
 
 
+@pytest.mark.parametrize("method", ["min_max", "hqq"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_scales_that_vanish_or_overflow_are_refused(method, symmetric):
+    config = Int4Config(32, symmetric, method, scale_dtype=torch.float16)
+    normal = heavy_tailed(4, 64)
+    tiny, huge = (torch.cat([normal, normal * factor]) for factor in (1e-9, 1e9))
+    assert_expected_inline(
+        folded(*(message(quantize_weight, weight, config) for weight in (tiny, huge))),
+        """\
+weight: expected scales within the range of torch.float16, got 0 for weights that are not; leave
+    scale_dtype out, or take torch.bfloat16
+weight: expected scales within the range of torch.float16, got inf; leave scale_dtype out, or
+    take torch.bfloat16""",
+    )
+    quantize_weight(torch.cat([normal, torch.zeros(1, 64)]), config)
+
+
 # ---- quantize_ ----
 
 
