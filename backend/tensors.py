@@ -162,8 +162,9 @@ class CudaCoalescedInt4Tensor(TorchAOBaseTensor):
         implementation = cls._ATEN_OP_TABLE[cls].get(func)
         if implementation is None:
             raise NotImplementedError(
-                f"{cls.__name__}: expected F.linear or F.embedding, got {func}; an int4 weight "
-                "computes nothing else: call .dequantize() on it first, or leave this layer float"
+                f"{cls.__name__}: expected F.linear or F.embedding, outside of torch.cond and "
+                f"other control flow, got {func}; an int4 weight computes nothing else: call "
+                ".dequantize() on it first, or leave this layer float"
             )
         return implementation(func, types, args, kwargs or {})
 

@@ -300,14 +300,16 @@ def test_other_uses_are_refused():
     assert_expected_inline(
         folded(*found),
         """\
-CudaCoalescedInt4Tensor: expected F.linear or F.embedding, got aten.mv.default; an int4 weight
-    computes nothing else: call .dequantize() on it first, or leave this layer float
+CudaCoalescedInt4Tensor: expected F.linear or F.embedding, outside of torch.cond and other
+    control flow, got aten.mv.default; an int4 weight computes nothing else: call .dequantize()
+    on it first, or leave this layer float
 CudaCoalescedInt4Tensor: expected it as the weight of F.linear, got it as another argument; call
     .dequantize() on it first
 CudaCoalescedInt4Tensor: expected an embedding without max_norm, got 1.0; it rewrites the weight
     in place: leave this embedding float
-CudaCoalescedInt4Tensor: expected F.linear or F.embedding, got aten.slice.Tensor; an int4 weight
-    computes nothing else: call .dequantize() on it first, or leave this layer float""",
+CudaCoalescedInt4Tensor: expected F.linear or F.embedding, outside of torch.cond and other
+    control flow, got aten.slice.Tensor; an int4 weight computes nothing else: call
+    .dequantize() on it first, or leave this layer float""",
     )
 
 
