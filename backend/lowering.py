@@ -13,6 +13,7 @@ from executorch.exir import ExecutorchProgramManager, to_edge_transform_and_lowe
 from torch import nn
 
 from .partitioner import CudaInt4Partitioner
+from .preprocess import check_constants
 from .progress import progress
 from .quantize import prepare_
 from .seal import seal_file
@@ -54,8 +55,9 @@ def export(
         external_weights: put all constants into ``<path without .pte>.ptd``.
 
     Raises:
-        ValueError: an int4 weight that cannot be honoured (the message names it), a path or model
-            of another kind.
+        ValueError: an int4 weight that cannot be honoured, a tensor without data, or a mutated
+            buffer that does not start as zeros (the message names it); a path or model of another
+            kind.
         NotImplementedError: a weight of a kind that is not supported.
     """
     target = _checked_path(path)
@@ -70,14 +72,16 @@ def export(
         activation=activation,
         external_weights=target.stem if external_weights else None,
     )
-    was_training = model.training
+    training = [module for module in model.modules() if module.training]
     with progress(f"export {target.name}", _STEPS) as advance, torch.no_grad():
         prepare_(model)
         model.eval()
         try:
             program = torch.export.export(model, example_inputs, dynamic_shapes=dynamic_shapes)
         finally:
-            model.train(was_training)
+            for module in training:  # not model.train(): a part of it may stand in eval mode
+                module.training = True
+        check_constants(program)
         advance(1)
         edge = to_edge_transform_and_lower(
             program, partitioner=[partitioner], constant_methods=constant_methods
@@ -101,8 +105,8 @@ def save(manager: ExecutorchProgramManager, path: str | os.PathLike[str]) -> Pat
         path: where to write; must end in ``.pte``.
 
     Raises:
-        ValueError: ``path`` does not end in ``.pte``.
-        OSError: the folder cannot be written.
+        ValueError: ``path`` does not end in ``.pte``, or cannot be written.
+        OSError: writing failed, as on a full disk.
     """
     target = _checked_path(path)
     folder = target.parent
@@ -129,6 +133,14 @@ def _checked_path(path: str | os.PathLike[str]) -> Path:
         raise ValueError(f"export: expected a path that ends in .pte, got {target}; name it so")
     if not target.parent.is_dir():
         raise ValueError(f"export: expected a folder {target.parent}, got none; make it first")
+    if target.is_dir():
+        raise ValueError(
+            f"export: expected the name of a file, got the folder {target}; add a name"
+        )
+    if not os.access(target.parent, os.W_OK):
+        raise ValueError(
+            f"export: expected a folder that can be written, got {target.parent}; choose another"
+        )
     return target
 
 

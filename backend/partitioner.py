@@ -312,7 +312,9 @@ def _tag_constants(program: ExportedProgram) -> None:
 def _tag_mutated_buffers(program: ExportedProgram) -> dict[Node, str]:
     """Give a mutated buffer to the delegate that does all its reads and its write.
 
-    Any other stays outside and passes through: copies of it would drift apart. Returns the reasons.
+    Any other stays outside and passes through: copies of it would drift apart. So does one whose
+    new value leaves the delegate, as ExecuTorch takes the write away from the graph together with
+    the buffer. Returns the reasons.
     """
     signature = program.graph_signature
     writers = {
@@ -320,19 +322,23 @@ def _tag_mutated_buffers(program: ExportedProgram) -> dict[Node, str]:
         for spec in signature.output_specs
         if spec.kind is OutputKind.BUFFER_MUTATION
     }
+    returned = program.graph_signature.user_outputs
     by_name = {node.name: node for node in program.graph.nodes}
     reasons = {}
     for node in program.graph.nodes:
         spec = input_spec(program, node)
         if spec is None or spec.kind is not InputKind.BUFFER or spec.target not in writers:
             continue
-        tags = {user.meta.get("delegation_tag") for user in node.users}
-        tags.add(by_name[writers[spec.target]].meta.get("delegation_tag"))
+        write = by_name[writers[spec.target]]
+        readers = [*node.users, *(user for user in write.users if user.op != "output")]
+        tags = {user.meta.get("delegation_tag") for user in (write, *readers)}
         (tag, *others) = tags
-        if tag is not None and not others:
-            node.meta["delegation_tag"] = tag
-        else:
+        if tag is None or others:
             reasons[node] = "a mutated buffer that more than one partition, or the outside, uses"
+        elif write.name in returned:
+            reasons[node] = "a mutated buffer that is also an output of the program"
+        else:
+            node.meta["delegation_tag"] = tag
     return reasons
 
 

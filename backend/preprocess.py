@@ -30,8 +30,9 @@ from .blob import (
 )
 from .layouts import check_tag
 from .nested_program import NestedProgram, emit_nested_program, nested_name, weight_name
+from .packing import describe
 from .passes import run_passes
-from .passes.graph import args_of, calls
+from .passes.graph import args_of, calls, is_constant
 
 
 def encode_specs(**values: str) -> list[CompileSpec]:
@@ -80,7 +81,7 @@ class CudaInt4Backend(BackendDetails):
             ValueError: a weight that cannot be honoured, or a mutated buffer that starts non-zero.
         """
         specs = decode_specs(compile_specs)
-        _refuse_initialized_state(edge_program)
+        check_constants(edge_program)
         program = run_passes(
             edge_program, specs.get("layout", "auto"), specs.get("activation", "none")
         )
@@ -98,10 +99,23 @@ class CudaInt4Backend(BackendDetails):
         )
 
 
-def _refuse_initialized_state(program: ExportedProgram) -> None:
-    """ExecuTorch drops the initial value of a mutated buffer: it must be the zeros that we use."""
+def check_constants(program: ExportedProgram) -> None:
+    """Check that a ``.pte`` can carry what the parameters and buffers hold.
+
+    ExecuTorch drops the initial value of a mutated buffer: it must be the zeros that we use.
+
+    Raises:
+        ValueError: one has no data, or is a mutated buffer that holds other values.
+    """
+    constants = {**program.constants, **program.state_dict}
+    for name, value in constants.items():
+        if isinstance(value, torch.Tensor) and value.is_meta:
+            raise ValueError(
+                f"{name}: expected a tensor with data, got {describe(value)} on the meta device; "
+                "load the weights before export"
+            )
     for name in program.graph_signature.buffers_to_mutate.values():
-        value = program.state_dict.get(name, program.constants.get(name))
+        value = constants.get(name)
         if value is not None and bool(torch.any(value != 0)):
             raise ValueError(
                 f"{name}: expected a mutated buffer that starts as zeros, got other values, which "
@@ -110,12 +124,17 @@ def _refuse_initialized_state(program: ExportedProgram) -> None:
 
 
 def _linears(program: ExportedProgram) -> list[tuple[LinearRecord, dict[str, str]]]:
-    """The distinct int4 linears, each with the placeholder of each of its parts."""
+    """The distinct int4 linears, each with the placeholder of each part that is a constant.
+
+    A bias may be computed in the graph or handed in; it is then no part of the weight's record.
+    """
     found: dict[tuple, tuple[LinearRecord, dict[str, str]]] = {}
     for node in calls(program, torch.ops.cuda_int4.linear.default):
         x, *parts, group_size, tag, activation = args_of(node)
         names = dict(zip(("qdata", "scale", "zero_point", "meta", "bias"), parts, strict=True))
-        placeholders = {label: part.name for label, part in names.items() if part is not None}
+        placeholders = {
+            label: part.name for label, part in names.items() if is_constant(program, part)
+        }
         weight = weight_name(program, node)
         check_tag(tag, who=weight)
         N, K = node.meta["val"].shape[-1], x.meta["val"].shape[-1]

@@ -165,6 +165,13 @@ def test_a_training_model_is_exported_in_eval_mode_and_left_in_training(tmp_path
     torch.testing.assert_close(load(path).forward(x)[0], model.eval()(x))
 
 
+def test_parts_of_a_training_model_that_stand_in_eval_mode_stay_so(tmp_path):
+    model = nn.Sequential(graphs.Linear(graphs.packed(CASE)), nn.Dropout(0.9)).train()
+    model[1].eval()
+    cuda_int4.export(model, (torch.randn(2, 64),), tmp_path / "model.pte")
+    assert [module.training for module in model] == [True, False]
+
+
 # ---- writing ----
 
 
@@ -194,9 +201,12 @@ def test_files_have_the_permissions_of_any_new_file(tmp_path):
 def test_messages(tmp_path):
     model, x = graphs.Linear(graphs.packed(CASE)), torch.randn(2, 64)
     program = graphs.export(model, x)
+    folder = tmp_path / "folder.pte"
+    folder.mkdir()
     messages = (
         message(cuda_int4.export, model, (x,), tmp_path / "model.bin"),
         message(cuda_int4.export, model, (x,), tmp_path / "none" / "model.pte"),
+        message(cuda_int4.export, model, (x,), folder),
         message(cuda_int4.export, program, (x,), tmp_path / "model.pte"),
         message(cuda_int4.export, model, (x,), tmp_path / "model.pte", layout="marlin"),
     )
@@ -205,12 +215,54 @@ def test_messages(tmp_path):
         """\
 export: expected a path that ends in .pte, got folder/model.bin; name it so
 export: expected a folder folder/none, got none; make it first
+export: expected the name of a file, got the folder folder/folder.pte; add a name
 export: expected an nn.Module, got ExportedProgram; lower an ExportedProgram with
     to_edge_transform_and_lower(program, partitioner=[CudaInt4Partitioner()]), and write it with
     cuda_int4.save
 layout: expected 'auto' or one of 'coalesced', got 'marlin'; 'auto' picks by shape""",
     )
-    assert not list(tmp_path.iterdir())
+    assert list(tmp_path.iterdir()) == [folder] and not list(folder.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: (path, mode) != (tmp_path, os.W_OK))
+    text = message(cuda_int4.export, nn.Identity(), (), tmp_path / "model.pte")
+    assert text == (
+        f"export: expected a folder that can be written, got {tmp_path}; choose another"
+    )
+
+
+class Counter(nn.Module):
+    """A mutated buffer that starts as ones, with an op outside of the delegate between."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = graphs.Linear(graphs.packed(CASE))
+        self.register_buffer("count", torch.ones(1))
+
+    def forward(self, x):
+        """Distances times the count."""
+        self.count.add_(1)
+        return F.pdist(self.linear(x)) * self.count
+
+
+def test_constants_that_a_file_cannot_carry_are_refused(tmp_path):
+    x, path = torch.randn(2, 64), tmp_path / "model.pte"
+    empty = nn.Sequential(graphs.Linear(graphs.packed(CASE)), nn.RMSNorm(64)).to("meta")
+    assert_expected_inline(
+        folded(
+            message(cuda_int4.export, Counter(), (x,), path),
+            message(cuda_int4.export, empty, (x.to("meta"),), path),
+            message(cuda_int4.export, nn.RMSNorm(64).to("meta"), (x.to("meta"),), path),
+        ),
+        """\
+count: expected a mutated buffer that starts as zeros, got other values, which a .pte does not
+    carry; zero it before export, or write it in the graph
+0.weight: expected a tensor with data, got float32 [64, 64] on the meta device; load the weights
+    before export
+weight: expected a tensor with data, got float32 [64] on the meta device; load the weights
+    before export""",
+    )
 
 
 # ---- memory ----

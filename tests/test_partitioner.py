@@ -281,6 +281,61 @@ def test_a_constant_that_is_an_output_is_handed_in(whole, tmp_path):
     assert_runs_like_eager(manager, model, X, tmp_path=tmp_path)
 
 
+class ReturnsCache(nn.Module):
+    """A buffer whose new value is an output of the program, or read outside of the delegate."""
+
+    def __init__(self, weight, outside):
+        super().__init__()
+        self.linear, self.outside = graphs.Linear(weight), outside
+        self.register_buffer("seen", torch.zeros(4, 32))
+
+    def forward(self, x):
+        """The new value, or distances of it."""
+        self.seen.add_(self.linear(x))
+        return F.pdist(self.seen) if self.outside else self.seen
+
+
+@pytest.mark.parametrize(
+    ("outside", "reason"),
+    [
+        (False, "that is also an output of the program"),
+        (True, "that more than one partition, or the outside, uses"),
+    ],
+)
+def test_a_mutated_buffer_whose_new_value_leaves_the_delegate_stays_outside(
+    outside, reason, tmp_path
+):
+    model = ReturnsCache(graphs.packed(CASE), outside)
+    manager, partitioner = lower(model, X)
+    assert partitioner.report[0]["reason"] == f"a mutated buffer {reason}"
+    assert_runs_like_eager(manager, model, X, tmp_path=tmp_path)
+
+
+class Biases(nn.Module):
+    """Every origin that a bias can have; the last one is a graph output as well."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.linear = graphs.Linear(weight, torch.linspace(-1, 1, 32))
+        self.register_buffer("steps", torch.zeros(32))
+
+    def forward(self, x, given):
+        """Linears on one weight."""
+        self.steps.add_(1)
+        weight, own = self.linear.weight, self.linear.bias
+        computed, mutated = F.linear(x, weight, own * 2), F.linear(x, weight, self.steps)
+        return F.linear(x, weight, given), computed, mutated, self.linear(x), own
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_bias_from_anywhere(whole, tmp_path):
+    model = Biases(graphs.packed(CASE))
+    inputs = X, torch.randn(32)
+    manager, _ = lower(model, *inputs, whole=whole)
+    assert {linear.bias for linear in blobs(manager)[0].linears} == {-1}
+    assert_runs_like_eager(manager, model, *inputs, tmp_path=tmp_path)
+
+
 # ---- options and refusals ----
 
 

@@ -160,6 +160,11 @@ def refusal(program: ExportedProgram, match: Int4Match) -> str | None:
             f"{who}: expected activations of float16, bfloat16 or float32, got {dtype}; "
             "convert the model with .to(torch.bfloat16)"
         )
+    if match.bias is not None and match.bias.meta["val"].dtype != dtype:
+        return (
+            f"{who}: expected a bias of the dtype of x, {dtype}, got "
+            f"{match.bias.meta['val'].dtype}; cast one to the other"
+        )
     try:
         check_shape(match.N, match.K, match.group_size, who=who)
         if match.form == "packed":
