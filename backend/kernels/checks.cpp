@@ -149,8 +149,8 @@ Status check_strided(const TensorCheck& check, const TensorView& view, int64_t* 
 Status check_contiguous(const TensorCheck& check, const TensorView& view, int64_t* numel) {
   CUDA_INT4_RETURN_IF_ERROR(check_sizes(check, view, numel));
   int64_t expected_stride = 1;
-  for (int d = view.ndim - 1; d >= 0; --d) {
-    if (*numel > 0 && view.sizes[d] != 1 && view.strides[d] != expected_stride) {
+  for (int d = view.ndim - 1; d >= 0 && *numel > 0; --d) {  // without elements it could overflow
+    if (view.sizes[d] != 1 && view.strides[d] != expected_stride) {
       return error(StatusCode::kInvalidArgument,
                    "%.200s: expected %s %s contiguous (stride %" PRId64
                    " in dimension %d), got stride %" PRId64 "; %s",

@@ -27,9 +27,6 @@ class Constants final : public executorch::runtime::NamedDataMap {
   executorch::runtime::Error place(const executorch::runtime::NamedDataMap* store,
                                    bool verify_checksums);
 
-  /// The placed address of record `index`.
-  void* data(size_t index) const { return placed_[index].data; }
-
   // NamedDataMap
   executorch::runtime::Result<const executorch::runtime::TensorLayout> get_tensor_layout(
       std::string_view key) const override;

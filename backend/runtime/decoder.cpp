@@ -7,6 +7,7 @@
 #include <numeric>
 
 #include "errors.h"
+#include "tensor_bridge.h"
 
 namespace cuda_int4 {
 
@@ -34,12 +35,7 @@ TensorView int64_view(int64_t* data, std::initializer_list<int64_t> sizes) {
   view.dtype = DType::kInt64;
   view.ndim = static_cast<int32_t>(sizes.size());
   std::copy(sizes.begin(), sizes.end(), view.sizes);
-  int64_t stride = 1;
-  for (int i = view.ndim - 1; i >= 0; --i) {
-    view.strides[i] = stride;
-    stride *= view.sizes[i];
-  }
-  view.nbytes = static_cast<uint64_t>(stride) * sizeof(int64_t);
+  make_contiguous(&view);
   return view;
 }
 

@@ -5,6 +5,9 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
+#include <string_view>
+
+#include "utf8.h"
 
 namespace cuda_int4 {
 
@@ -14,26 +17,15 @@ namespace {
 
 thread_local char reason[2048] = {0};
 
-/// Length of the UTF-8 sequence at `p`; 0 where there is none.
-size_t utf8_length(const unsigned char* p) {
-  const size_t length = p[0] < 0x80             ? 1
-                        : (p[0] & 0xe0) == 0xc0 ? 2
-                        : (p[0] & 0xf0) == 0xe0 ? 3
-                        : (p[0] & 0xf8) == 0xf0 ? 4
-                                                : 0;
-  for (size_t i = 1; i < length; ++i)
-    if ((p[i] & 0xc0) != 0x80) return 0;
-  return length;
-}
-
 /// Names in a message may come from a damaged file. What is not UTF-8, and what would break a line,
 /// becomes '?'.
 void clean(char* text) {
-  auto* p = reinterpret_cast<unsigned char*>(text);
-  while (*p != 0) {
-    const size_t length = utf8_length(p);
-    if (length == 0 || *p < 0x20 || *p == 0x7f) *p = '?';
-    p += length > 1 ? length : 1;
+  for (std::string_view rest(text); !rest.empty();) {
+    const size_t length = utf8_length(rest);
+    const auto byte = static_cast<unsigned char>(*text);
+    if (length == 0 || byte < 0x20 || byte == 0x7f) *text = '?';
+    text += length > 1 ? length : 1;
+    rest = std::string_view(text, rest.size() - (length > 1 ? length : 1));
   }
 }
 

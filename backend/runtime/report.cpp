@@ -5,6 +5,9 @@
 #include <cinttypes>
 #include <cstdarg>
 #include <cstdio>
+#include <string_view>
+
+#include "utf8.h"
 
 namespace cuda_int4 {
 namespace {
@@ -19,30 +22,10 @@ void append(std::string* out, const char* format, ...) {
   *out += buffer;
 }
 
-bool is_continuation(const std::string& bytes, size_t i) {
-  return i < bytes.size() && (static_cast<unsigned char>(bytes[i]) & 0xC0) == 0x80;
-}
-
-// Length of the well-formed UTF-8 character at bytes[i]; 0 if there is none (Unicode 15, table 3-7).
-size_t utf8_length(const std::string& bytes, size_t i) {
-  const auto byte = [&](size_t at) { return static_cast<unsigned char>(bytes[at]); };
-  const unsigned char lead = byte(i);
-  if (lead < 0x80) return 1;
-  if (lead < 0xC2 || lead > 0xF4 || !is_continuation(bytes, i + 1)) return 0;
-  if (lead < 0xE0) return 2;
-  const unsigned char second = byte(i + 1);
-  const bool overlong = (lead == 0xE0 && second < 0xA0) || (lead == 0xF0 && second < 0x90);
-  const bool surrogate = lead == 0xED && second > 0x9F;
-  const bool too_large = lead == 0xF4 && second > 0x8F;
-  if (overlong || surrogate || too_large || !is_continuation(bytes, i + 2)) return 0;
-  if (lead < 0xF0) return 3;
-  return is_continuation(bytes, i + 3) ? 4 : 0;
-}
-
 void append_json_string(std::string* out, const std::string& bytes) {
   *out += '"';
   for (size_t i = 0; i < bytes.size();) {
-    const size_t length = utf8_length(bytes, i);
+    const size_t length = utf8_length(std::string_view(bytes).substr(i));
     const char c = bytes[i];
     if (length == 0) {
       *out += "\\ufffd";

@@ -25,22 +25,12 @@ TensorView absent_view() {
 }
 
 void make_contiguous(TensorView* view) {
-  int64_t stride = 1;
+  uint64_t stride = 1;  // of a tensor without elements it may wrap around, and means nothing
   for (int i = view->ndim - 1; i >= 0; --i) {
-    view->strides[i] = stride;
-    stride *= view->sizes[i];
+    view->strides[i] = int64_t(stride);
+    stride *= uint64_t(view->sizes[i]);
   }
-  view->nbytes = uint64_t(stride) * uint64_t(dtype_bytes(view->dtype));
-}
-
-bool is_contiguous(const TensorView& view) {
-  int64_t stride = 1;
-  for (int i = view.ndim - 1; i >= 0; --i) {
-    if (view.sizes[i] == 0) return true;
-    if (view.sizes[i] != 1 && view.strides[i] != stride) return false;
-    stride *= view.sizes[i];
-  }
-  return true;
+  view->nbytes = stride * uint64_t(dtype_bytes(view->dtype));
 }
 
 }  // namespace cuda_int4

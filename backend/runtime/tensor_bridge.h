@@ -16,6 +16,5 @@ TensorView absent_view();
 
 /// Sets contiguous strides and nbytes from dtype, ndim and sizes.
 void make_contiguous(TensorView* view);
-bool is_contiguous(const TensorView& view);
 
 }  // namespace cuda_int4

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "check.h"
+#include "kernels/checks.h"
 #include "kernels/ops.h"
 #include "runtime/blob.h"
 #include "runtime/checksum.h"
@@ -19,6 +20,7 @@
 #include "runtime/parallel.h"
 #include "runtime/seal.h"
 #include "runtime/temp_arena.h"
+#include "runtime/tensor_bridge.h"
 
 using namespace cuda_int4;
 using executorch::runtime::Error;
@@ -90,6 +92,9 @@ void test_reasons() {
   CHECK(std::strlen(last_error()) < 3000);
   fail(Error::NotFound, "\xff\xc3\xa9 \n \xc3");  // names come out of damaged files
   CHECK(std::string(last_error()) == "?\xc3\xa9 ? ?");
+  // Overlong, a surrogate, above U+10FFFF: Python takes none of them for UTF-8.
+  fail(Error::NotFound, "\xe0\x80\x80 \xed\xa0\x80 \xf5\x80\x80\x80 \xf0\x9f\x99\x82");
+  CHECK(std::string(last_error()) == "??? ??? ???? \xf0\x9f\x99\x82");
 }
 
 // ---- blobs ----
@@ -192,6 +197,19 @@ void test_damaged_blobs_with_a_right_checksum_stay_in_bounds() {
       CHECK(blob.program_nbytes <= bytes.size());
     }
   }
+}
+
+// ---- tensors without elements, whose strides would not fit ----
+
+void test_an_empty_tensor_of_any_sizes() {
+  TensorView view{};
+  view.dtype = DType::kFloat32;
+  view.ndim = 4;
+  for (int d = 1; d < 4; ++d) view.sizes[d] = INT32_MAX;
+  make_contiguous(&view);
+  CHECK(view.nbytes == 0);
+  int64_t numel = 1;
+  CHECK(check_contiguous({"op", "x", "fix it"}, view, &numel).ok() && numel == 0);
 }
 
 // ---- seals ----
@@ -313,6 +331,7 @@ int main() {
   test_blob_is_read_back();
   test_every_truncated_blob_is_refused();
   test_damaged_blobs_with_a_right_checksum_stay_in_bounds();
+  test_an_empty_tensor_of_any_sizes();
   test_seal();
   test_temp_arena_settles();
   test_devices();
