@@ -139,7 +139,7 @@ Status attention_on(const CpuKernels& kernels, const AttentionArgs& args,
                  kOp, kMaxHeadDim, job.D);
   }
   const int64_t row_blocks = ceil_div(job.Hq / job.Hkv * job.S, kAttentionRows);
-  const int64_t work_per_item = kAttentionRows * job.D * larger(job.T, 1);
+  const int64_t work_per_item = kAttentionRows * larger(job.D * job.T, 1);
   parallel_ranges(context, job.B * job.Hkv * row_blocks, ceil_div(int64_t{1} << 16, work_per_item),
                   [&](int64_t begin, int64_t end) { kernels.attention(job, begin, end); });
   return {};

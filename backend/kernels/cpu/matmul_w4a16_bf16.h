@@ -81,7 +81,9 @@ struct MatmulW4A16Bf16 {
         const I w_right = S::load_i(block.tile + pair * kColumns + kLanes);
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
-          const I x_pair = S::set1_i(x[r * stride + pair]);
+          int32_t bits;
+          memcpy(&bits, x + r * stride + pair, 4);  // stored as two BFloat
+          const I x_pair = S::set1_i(bits);
           left[r] = S::dot_pairs(left[r], w_left, x_pair);
           right[r] = S::dot_pairs(right[r], w_right, x_pair);
         }

@@ -1,5 +1,6 @@
-// For tests: one op (or a weight's validator) on a stated instruction set, its work cut into the smallest ranges the grain
-// allows and run last range first, so that a result that depends on the cuts shows.
+// For tests: one op (or a weight's validator) on a stated instruction set, its work cut into the
+// smallest ranges the grain allows and run last range first, so that a result that depends on the
+// cuts shows.
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -29,7 +30,7 @@ Status run(const char* op, const void* args, const CpuKernels& kernels) {
     CUDA_INT4_RETURN_IF_ERROR(validate_linear(linear_args));
     const uint64_t needed_bytes = linear_scratch_bytes_on(kernels, linear_args);
     const std::unique_ptr<void, void (*)(void*)> scratch(
-        aligned_alloc(64, (needed_bytes + 127) / 64 * 64), free);
+        aligned_alloc(64, (needed_bytes + (needed_bytes == 0) + 63) / 64 * 64), free);
     if (scratch == nullptr) return error(StatusCode::kOutOfMemory, "run_with_isa: out of memory");
     context.scratch = scratch.get();
     context.scratch_bytes = needed_bytes;
@@ -55,8 +56,7 @@ Status run(const char* op, const void* args, const CpuKernels& kernels) {
   }
   return error(StatusCode::kInvalidArgument,
                "run_with_isa: expected linear, linear_weight, attention, rms_norm or silu, got "
-               "\"%.64s\"; fix the "
-               "test",
+               "\"%.64s\"; fix the test",
                op);
 }
 

@@ -30,8 +30,8 @@ struct ScalarSimd {
   static F min(F a, F b) { return a < b ? a : b; }  // b where either is NaN
   static F max(F a, F b) { return a > b ? a : b; }  // b where either is NaN
   static F round(F a) { return std::nearbyint(a); }
-  static F pow2(F n) {  // n integral, -126..127
-    return bits_float(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
+  static F pow2(F n) {  // n integral, -126..127; or NaN, and then anything
+    return bits_float(static_cast<uint32_t>(static_cast<int32_t>(n == n ? n : 0.f) + 127) << 23);
   }
   static F select_less(F a, F b, F if_less, F if_not) { return a < b ? if_less : if_not; }
   static float sum(F a) { return a; }
