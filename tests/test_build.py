@@ -171,3 +171,14 @@ def test_device_names():
 def test_zlib_is_another_polynomial():
     """CRC-32 and CRC-32C are easily mixed up; a file sealed with the wrong one must not pass."""
     assert zlib.crc32(b"123456789") != crc32c(b"123456789")
+
+
+def test_the_delegate_stays_when_the_library_is_closed():
+    code = (
+        "import _ctypes, ctypes; from cuda_int4 import _native; _native._load_executorch();"
+        "path = str(_native.package_dir() / 'lib' / 'libcuda_int4.so');"
+        "_ctypes.dlclose(ctypes.CDLL(path)._handle); from executorch.runtime import Runtime;"
+        "assert Runtime.get().backend_registry.is_available('CudaInt4Backend')"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert found.returncode == 0, found.stderr[-2000:]
