@@ -47,7 +47,7 @@ from executorch.extension.flat_tensor.serialize.serialize import (
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from .passes.graph import args_of, calls, constant_name, edge_op, is_constant
+from .passes.graph import args_of, calls, constant_name, edge_op, is_constant, op_of
 from .passes.widen_index_put import fits_in_place
 
 _RENAMED_NAMESPACES = ("aten", "dim_order_ops")
@@ -117,19 +117,70 @@ def emit_nested_program(program: ExportedProgram) -> NestedProgram:
 
 
 def _write_in_place(program: ExportedProgram) -> ExportedProgram:
-    """Run ExecuTorch's reinplace pass on the cache writes that its in-place kernel can do.
+    """Run ExecuTorch's reinplace pass on the cache writes that may be done in place.
 
-    It would take every ``index_put``, and fail at run time on those with a mask, several indices or
-    values to broadcast. They keep the op that writes a copy.
+    It would take every ``index_put``: fail at run time on those with a mask, several indices or
+    values to broadcast, and overwrite what a view still reads. They keep the op that writes a copy.
     """
     index_put = torch.ops.aten.index_put.default
-    others = [node for node in calls(program, index_put) if not fits_in_place(node)]
+    chosen = writable_in_place(program)
+    others = [node for node in calls(program, index_put) if node not in chosen]
     for node in others:
         node.target = index_put  # not the edge dialect's op: the pass does not see it
     program = reinplace_pass(program)
     for node in others:
         node.target = edge_op(index_put)
     return program
+
+
+def writable_in_place(program: ExportedProgram) -> set[Node]:
+    """The ``index_put`` nodes that may overwrite their first operand.
+
+    The in-place kernel can do them; nothing reads the old value later, also not through a view
+    (views share memory at run time); and what is overwritten is no constant and no input, and a
+    buffer only where its new value comes about in place as well: else that is copied into the
+    buffer at the end, over a value that may be an output.
+    """
+    index_put = torch.ops.aten.index_put.default
+    chosen = {node for node in calls(program, index_put) if fits_in_place(node)}
+    place = {node: index for index, node in enumerate(program.graph.nodes)}
+    while True:
+        owner = _memory_owners(program, chosen)
+        sharing: dict[Node, list[Node]] = {}
+        for node in place:
+            sharing.setdefault(owner[node], []).append(node)
+        unsafe = {
+            node
+            for node in chosen
+            if not _is_ours_to_write(program, owner, owner[node])
+            or any(
+                place[reader] > place[node]
+                for value in sharing[owner[node]]
+                if place[value] < place[node]
+                for reader in value.users
+            )
+        }
+        if not unsafe:
+            return chosen
+        chosen -= unsafe
+
+
+def _memory_owners(program: ExportedProgram, in_place: set[Node]) -> dict[Node, Node]:
+    """Of each node the one whose memory its value lies in, when ``in_place`` are done in place."""
+    owner: dict[Node, Node] = {}
+    for node in program.graph.nodes:
+        shares = node in in_place or op_of(node) is torch.ops.aten.view_copy.default
+        owner[node] = owner[args_of(node)[0]] if shares else node
+    return owner
+
+
+def _is_ours_to_write(program: ExportedProgram, owner: dict[Node, Node], memory: Node) -> bool:
+    if memory.op != "placeholder":
+        return True
+    signature = program.graph_signature
+    target = signature.inputs_to_buffers.get(memory.name)
+    new = [output for output, buffer in signature.buffers_to_mutate.items() if buffer == target]
+    return any(node.name in new and owner[node] is memory for node in owner)
 
 
 def operator_name(name: str, overload: str) -> str:

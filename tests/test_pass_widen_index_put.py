@@ -92,3 +92,42 @@ def test_writes_that_cannot_be_done_in_place_are_right_all_the_same(tmp_path):
         inputs = torch.rand(2, 3) * 2, torch.tensor(pos)
         torch.testing.assert_close(program.forward(*inputs), list(eager(*inputs)), rtol=0, atol=0)
     assert "cuda_int4::index_put_" not in cuda_int4.inspect(path)["ops"]
+
+
+class Overwritten(nn.Module):
+    """Old values that are read after the write, through a view, each in its own way."""
+
+    def __init__(self):
+        super().__init__()
+        for name in ("old", "first", "halved"):
+            self.register_buffer(name, torch.zeros(4, 8))
+
+    def forward(self, v: torch.Tensor, pos: torch.Tensor):
+        """Values v [2, 8] at pos [2]."""
+        before = self.old.reshape(32)
+        new = self.old.index_copy(0, pos, v)
+        self.old.copy_(new)
+
+        self.first[pos] = v
+        between = self.first.clone().view(32)
+        self.first[pos] = v + 1
+
+        self.halved[pos] = v
+        whole = self.halved.clone().view(32)
+        self.halved.mul_(0.5)
+
+        computed = v * 2
+        source = computed.view(16)
+        changed = computed.index_copy(0, pos[:1] % 2, v[:1])
+        given = v.view(4, 4).index_copy(0, pos[:1], v[:1, :4])
+        caches = new * 1, self.first * 1, self.halved * 1
+        return before * 1, between * 1, whole, source * 1, changed, given, v * 1, *caches
+
+
+def test_nothing_is_overwritten_that_is_still_read(tmp_path):
+    eager, inputs = Overwritten(), (torch.rand(2, 8), torch.tensor([3, 1]))
+    path = cuda_int4.export(Overwritten(), inputs, tmp_path / "overwritten.pte")
+    program = cuda_int4.load(path, device="cpu")
+    for pos in ([3, 1], [0, 3], [1, 2]):
+        inputs = torch.rand(2, 8), torch.tensor(pos)
+        torch.testing.assert_close(program.forward(*inputs), list(eager(*inputs)), rtol=0, atol=0)

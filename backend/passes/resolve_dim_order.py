@@ -18,9 +18,10 @@ class ResolveDimOrderPass(ExportedProgramPassBase):
             b = dim_order_ops._clone_dim_order(a, dim_order=[0, 1, 2])
     After:  a = aten._to_copy(x, dtype=bfloat16)
 
-    Every value of a nested program is contiguous and written once, so such a clone copies for no
-    one. Where it separates an output of the graph from what it was cloned from it becomes
-    ``aten.clone``. Left alone: another dim order on either side, such as channels_last.
+    Every value of a nested program is contiguous, and none is overwritten while it is still read
+    (nested_program.py sees to it), so such a clone copies for no one. Where it separates an output
+    of the graph from what it was cloned from it becomes ``aten.clone``. Left alone: another dim
+    order on either side, such as channels_last.
     """
 
     def call(self, exported_program: ExportedProgram) -> ExportedProgramPassResult:
