@@ -326,10 +326,9 @@ class Dynamic(nn.Module):
 def test_refuses_what_cannot_be_honoured():
     resolve = passes.ResolveInt4LinearPass()
 
-    def refused(weight, dtype=torch.float32):
-        K = weight.shape[-1]
-        x = torch.randn(2, K, dtype=dtype)
-        return message(resolve, graphs.edge(graphs.Linear(weight), x))
+    def refused(weight, dtype=torch.float32, K=None, bias=None):
+        x = torch.randn(2, K or weight.shape[-1], dtype=dtype)
+        return message(resolve, graphs.edge(graphs.Linear(weight, bias), x))
 
     odd = graphs.exportable(cases.Case(1, 8, 48, 48))
     small = graphs.exportable(CASE)
@@ -347,6 +346,8 @@ def test_refuses_what_cannot_be_honoured():
             refused(signed),
             refused(native),
             refused(graphs.exportable(CASE), torch.float64),
+            refused(graphs.packed(CASE), K=32),
+            refused(graphs.packed(CASE), bias=bias_of(CASE).double()),
             message(resolve, graphs.edge(Dynamic(), x_of(CASE))),
         ),
         """\
@@ -358,6 +359,9 @@ weight: expected qdata of uint8, got torch.int8: it was made from a native Int4T
 weight: expected scale of shape [n_groups, N] = [2, 8], got [8, 2]; quantise the weight again
 weight: expected activations of float16, bfloat16 or float32, got torch.float64; convert the
     model with .to(torch.bfloat16)
+weight: expected x [..., K] with K = 64, which the weight has, got [2, 32]; fix the call
+weight: expected a bias of the dtype of x, torch.float32, got torch.float64; cast one to the
+    other
 qdata: expected int4 weights that are parameters or buffers nothing writes, got aten_mul_tensor,
     computed in the graph; quantise them before export""",
     )

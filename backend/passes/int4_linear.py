@@ -165,6 +165,11 @@ def refusal(program: ExportedProgram, match: Int4Match) -> str | None:
             f"{who}: expected a bias of the dtype of x, {dtype}, got "
             f"{match.bias.meta['val'].dtype}; cast one to the other"
         )
+    if match.form == "packed" and 2 * _shape(qdata)[-1] != match.K:
+        return (
+            f"{who}: expected x [..., K] with K = {2 * _shape(qdata)[-1]}, which the weight has, "
+            f"got {_shape(match.x)}; fix the call"
+        )
     try:
         check_shape(match.N, match.K, match.group_size, who=who)
         if match.form == "packed":
