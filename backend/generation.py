@@ -198,9 +198,9 @@ def generate_tokens(
         on_prefill=_native.PrefillCallback(guard(on_prefill or (lambda n_read: None))),
     )
     stats = _native.GenerateStats()
-    with interrupts:
+    with interrupts, model.generating() as handle:
         code = _native.library().generate(
-            model.handle,
+            handle,
             (ctypes.c_int64 * len(ids)).from_buffer(ids),
             len(ids),
             start_pos,

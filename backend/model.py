@@ -44,6 +44,7 @@ class Model:
         self.path = path
         self._handle: int | None = handle
         self._lock = threading.RLock()
+        self._generations = 0  # in progress; more than one only from a callback of another
 
     @property
     def handle(self) -> int:
@@ -57,6 +58,16 @@ class Model:
                 f"{self.path}: expected an open model, got a closed one; load it again"
             )
         return self._handle
+
+    @contextlib.contextmanager
+    def generating(self) -> Iterator[int]:
+        """The handle, for a generation: a callback of it cannot close the model under it."""
+        with self._lock:
+            self._generations += 1
+            try:
+                yield self.handle
+            finally:
+                self._generations -= 1
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -102,8 +113,7 @@ class Model:
         """Generate tokens with the C++ decode loop; see :func:`.generation.generate_tokens`."""
         from .generation import generate_tokens
 
-        with self._lock:
-            return generate_tokens(self, prompt, **options)
+        return generate_tokens(self, prompt, **options)
 
     def reset(self) -> None:
         """Zero every mutable buffer (KV caches): a new conversation."""
@@ -111,8 +121,17 @@ class Model:
             check(library().model_reset(self.handle))
 
     def close(self) -> None:
-        """Free the model; more than once is harmless."""
+        """Free the model; more than once is harmless.
+
+        Raises:
+            RuntimeError: called by a callback of a generation, which still needs the model.
+        """
         with self._lock:
+            if self._generations:
+                raise RuntimeError(
+                    f"{self.path}: close: expected no generation in progress, got a call from "
+                    "its callback; close the model when it is over"
+                )
             if self._handle is not None:
                 library().model_close(self._handle)
                 self._handle = None

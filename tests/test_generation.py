@@ -251,6 +251,20 @@ def test_an_exception_in_a_callback_ends_the_generation_and_arrives(history):
         generate_tokens(history, [1] * 9, prefill_chunk=3, on_prefill=stop_at_three)
 
 
+def test_a_callback_may_use_the_model_but_not_close_it(history):
+    alone = generate_tokens(history, [1, 2], max_new_tokens=4).tokens
+    seen = []
+
+    def look(token):
+        seen.append(history.run("get_max_context_len")[0].item())
+
+    assert generate_tokens(history, [1, 2], max_new_tokens=4, on_token=look).tokens == alone
+    assert seen == [64] * 4
+    with pytest.raises(RuntimeError, match="close: expected no generation in progress"):
+        generate_tokens(history, [1], on_token=lambda token: history.close())
+    assert generate_tokens(history, [1, 2], max_new_tokens=4).tokens == alone
+
+
 def test_an_interrupt_carries_what_there_was(history):
     pieces = []
 
