@@ -2,7 +2,7 @@
 //
 // Every function that can fail returns an int32_t: 0, or an executorch::runtime::Error number; the
 // reason is then in cuda_int4_last_error() of the same thread, valid until its next failing call.
-// No function throws, aborts, or prints.
+// No function throws or aborts. Reasons are also logged through ExecuTorch, which prints on stderr.
 #pragma once
 
 #include <cstddef>

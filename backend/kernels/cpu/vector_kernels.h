@@ -12,7 +12,7 @@
 namespace cuda_int4 {
 namespace cpu {
 
-// Up to this many rows of x the codes are decoded again for each; measured in README.md.
+// Below this many rows of x the codes are decoded again for each; measured in README.md.
 constexpr int64_t kMatvecBelowM = 4;
 
 template <class S>
