@@ -13,7 +13,8 @@ Each kernel's answer is checked first, against float64 with that kernel's own ar
 one prints WRONG in place of a time. Weights rotate through several times the last-level cache, so
 each call reads them from memory. The kernels take turns in one loop, so that a disturbance of the
 machine hits all of them. A turn starts with a pause (the previous kernel's thread pool stops
-spinning) and an untimed call (this kernel's threads are awake).
+spinning) and untimed calls for a while: a decode loop calls without a pause, and a scheduler takes
+milliseconds to give a thread that slept a processor of its own.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ COLUMNS = (
 KERNELS = ("w4a16", "w4a8", "torch_int4", "torch_fp32", "torch_bf16")
 CALLS_PER_TURN = 4
 PAUSE_S = 0.01
+WARM_UP_S = 0.02
 
 
 @dataclass
@@ -187,7 +189,9 @@ def time_turns(candidates: Sequence[Candidate], turns: int) -> dict[str, list[fl
     for _ in range(turns):
         for candidate in candidates:
             time.sleep(PAUSE_S)
-            candidate.call(next(next_copy[candidate.name]))
+            awake = time.perf_counter() + WARM_UP_S
+            while time.perf_counter() < awake:
+                candidate.call(next(next_copy[candidate.name]))
             for _ in range(CALLS_PER_TURN):
                 i = next(next_copy[candidate.name])
                 start = time.perf_counter_ns()

@@ -48,15 +48,18 @@ static void matvec_stage(const LinearJob& job, int64_t m_begin, int64_t m_end) {
   }
 }
 
-// kRows outputs y[m, n .. n + kRows).
-template <class S, class P, int kRows, bool kZero, int kLanesPerGroup>
+// kRows outputs y[m, n .. n + kRows). Scales and zero points become float32 a chunk at a time; with
+// kBFloat they are bfloat16 and are read where they lie: 495 to 442 us at 4096 x 4096, group_size 32,
+// two threads of an EPYC 9004.
+template <class S, class P, int kRows, bool kZero, bool kBFloat, int kLanesPerGroup>
 static void matvec_rows(const LinearJob& job, int64_t m, int64_t n) {
   using F = typename S::F;
   using I = typename S::I;
   constexpr int64_t kGroupsPerBlock = kLanesPerGroup >= S::kLanes ? 1 : S::kLanes / kLanesPerGroup;
   constexpr int64_t kWordBytes = 4 * S::kLanes;
-  alignas(64) float scales[kRows][kChunkBlocks * kGroupsPerBlock + 2 * S::kLanes];
-  alignas(64) float zeros[kZero ? kRows : 1][kChunkBlocks * kGroupsPerBlock + 2 * S::kLanes];
+  constexpr int64_t kStaged = kChunkBlocks * kGroupsPerBlock + 2 * S::kLanes;
+  alignas(64) float scales[kRows][kStaged];
+  alignas(64) float zeros[kRows][kStaged];
 
   const int64_t n_groups = job.K / job.group_size;
   const int64_t n_blocks = ceil_div(job.K, kBlockK<S>), n_full = job.K / kBlockK<S>;
@@ -69,26 +72,37 @@ static void matvec_rows(const LinearJob& job, int64_t m, int64_t n) {
 
   for (int64_t chunk = 0; chunk < n_blocks; chunk += kChunkBlocks) {
     const int64_t chunk_end = smaller(chunk + kChunkBlocks, n_blocks);
-    const int64_t first = (chunk * kGroupsPerBlock) >> shift;
-    const int64_t count =
-        smaller(n_groups, ((chunk_end * kGroupsPerBlock - 1) >> shift) + 1) - first;
-    for (int r = 0; r < kRows; ++r) {
-      const int64_t at = (n + r) * n_groups + first;
-      load_groups<S>(job.scale, job.scale_dtype, at, count, scales[r]);
-      if (kZero) load_groups<S>(job.zero_point, job.zero_point_dtype, at, count, zeros[r]);
-    }
-    const auto add_block = [&](int64_t block, const I(&words)[kRows]) {
-      const int64_t group = ((block * kGroupsPerBlock) >> shift) - first;
+    int64_t first = 0;  // group of the first staged scale
+    const auto stage_groups = [&](int64_t block_begin, int64_t block_end) {
+      first = (block_begin * kGroupsPerBlock) >> shift;
+      const int64_t end = smaller(n_groups, ((block_end * kGroupsPerBlock - 1) >> shift) + 1);
+      for (int r = 0; r < kRows; ++r) {
+        const int64_t at = (n + r) * n_groups + first;
+        load_groups<S>(job.scale, job.scale_dtype, at, end - first, scales[r]);
+        if (kZero) load_groups<S>(job.zero_point, job.zero_point_dtype, at, end - first, zeros[r]);
+      }
+    };
+    // The value of each lane's group; a partial block has fewer groups than a vector reads.
+    const auto spread = [&](const void* from, const float (&staged)[kStaged], int r, int64_t group,
+                            bool is_full) {
+      if constexpr (kBFloat) {
+        const BFloat* values = static_cast<const BFloat*>(from) + (n + r) * n_groups + group;
+        if (is_full) return S::template spread_bfloat<kLanesPerGroup>(values);
+      }
+      return S::template spread<kLanesPerGroup>(staged + (group - first));
+    };
+    const auto add_block = [&](int64_t block, const I(&words)[kRows], bool is_full) {
+      const int64_t group = (block * kGroupsPerBlock) >> shift;
       F zero[kRows], partial[kRows];
       for (int r = 0; r < kRows; ++r) {
-        if (kZero) zero[r] = S::template spread<kLanesPerGroup>(zeros[r] + group);
+        if (kZero) zero[r] = spread(job.zero_point, zeros[r], r, group, is_full);
       }
       P::template dot<kZero, kRows>(words, x + block * P::kBlockBytes, zero, partial);
       for (int r = 0; r < kRows; ++r) {
-        sums[r] =
-            S::fma(S::template spread<kLanesPerGroup>(scales[r] + group), partial[r], sums[r]);
+        sums[r] = S::fma(spread(job.scale, scales[r], r, group, is_full), partial[r], sums[r]);
       }
     };
+    if (!kBFloat) stage_groups(chunk, chunk_end);
     for (int64_t block = chunk; block < smaller(chunk_end, n_full); ++block) {
       I words[kRows];
       for (int r = 0; r < kRows; ++r) {
@@ -98,7 +112,7 @@ static void matvec_rows(const LinearJob& job, int64_t m, int64_t n) {
         // anew at each row. Past the end of qdata it is a no-op.
         __builtin_prefetch(from + kRows * (job.K / 2));
       }
-      add_block(block, words);
+      add_block(block, words, true);
     }
     if (chunk_end == n_blocks && n_full < n_blocks) {  // the last block is a partial one
       const int64_t n_words = (job.K - n_full * kBlockK<S>) / 8;
@@ -106,22 +120,23 @@ static void matvec_rows(const LinearJob& job, int64_t m, int64_t n) {
       for (int r = 0; r < kRows; ++r) {
         words[r] = S::load_words_partial(q + r * (job.K / 2) + n_full * kWordBytes, n_words);
       }
-      add_block(n_full, words);
+      if (kBFloat) stage_groups(n_full, n_blocks);
+      add_block(n_full, words, false);
     }
   }
   for (int r = 0; r < kRows; ++r) store_y(job, m, n + r, S::sum(sums[r]));
 }
 
-template <class S, class P, bool kZero, int kLanesPerGroup>
+template <class S, class P, bool kZero, bool kBFloat, int kLanesPerGroup>
 static void matvec_units(const LinearJob& job, int64_t unit_begin, int64_t unit_end) {
   for (int64_t unit = unit_begin; unit < unit_end; ++unit) {
     const int64_t n = unit * kMatvecRows;
     for (int64_t m = 0; m < job.M; ++m) {  // the unit's codes stay in L1 between rows of x
       if (n + kMatvecRows <= job.N) {
-        matvec_rows<S, P, kMatvecRows, kZero, kLanesPerGroup>(job, m, n);
+        matvec_rows<S, P, kMatvecRows, kZero, kBFloat, kLanesPerGroup>(job, m, n);
       } else {
         for (int64_t r = n; r < job.N; ++r) {
-          matvec_rows<S, P, 1, kZero, kLanesPerGroup>(job, m, r);
+          matvec_rows<S, P, 1, kZero, kBFloat, kLanesPerGroup>(job, m, r);
         }
       }
     }
@@ -132,11 +147,17 @@ template <class S, class P>
 static void matvec_run(const LinearJob& job, int64_t unit_begin, int64_t unit_end) {
   const auto with_zero = [&](auto lanes_per_group) {
     constexpr int kLanesPerGroup = decltype(lanes_per_group)::value;
-    if (job.zero_point != nullptr) {
-      matvec_units<S, P, true, kLanesPerGroup>(job, unit_begin, unit_end);
-    } else {
-      matvec_units<S, P, false, kLanesPerGroup>(job, unit_begin, unit_end);
+    const bool has_zero = job.zero_point != nullptr;
+    if constexpr (S::kSpreadsBFloat) {
+      if (job.scale_dtype == DType::kBFloat16 &&
+          (!has_zero || job.zero_point_dtype == DType::kBFloat16)) {
+        return has_zero
+                   ? matvec_units<S, P, true, true, kLanesPerGroup>(job, unit_begin, unit_end)
+                   : matvec_units<S, P, false, true, kLanesPerGroup>(job, unit_begin, unit_end);
+      }
     }
+    has_zero ? matvec_units<S, P, true, false, kLanesPerGroup>(job, unit_begin, unit_end)
+             : matvec_units<S, P, false, false, kLanesPerGroup>(job, unit_begin, unit_end);
   };
   if (job.group_size == 32 && S::kLanes > 4) return with_zero(std::integral_constant<int, 4>());
   if (job.group_size == 64 && S::kLanes > 8) return with_zero(std::integral_constant<int, 8>());

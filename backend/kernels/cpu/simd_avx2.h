@@ -14,6 +14,7 @@ namespace {
 
 struct Avx2Simd {
   static constexpr int kLanes = 8;
+  static constexpr bool kSpreadsBFloat = false;
   using F = __m256;
   using I = __m256i;
 

@@ -136,6 +136,24 @@ struct Avx512Simd {
     const I eights = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
     return _mm512_permutexvar_ps(kLanesPerGroup == 4 ? fours : eights, _mm512_loadu_ps(values));
   }
+  // The same from bfloat16, of which it reads no more than the lanes need.
+  static constexpr bool kSpreadsBFloat = true;
+  template <int kLanesPerGroup>
+  static F spread_bfloat(const BFloat* values) {
+    if (kLanesPerGroup >= kLanes) return _mm512_set1_ps(cpu::to_float(*values));
+    constexpr size_t kBytes = 2 * kLanes / (kLanesPerGroup < kLanes ? kLanesPerGroup : kLanes);
+    int64_t bits = 0;
+    memcpy(&bits, values, kBytes);
+    // Bytes of a dword from low to high: 0, 0, and the two of value v, for the four quarters.
+    constexpr int kSecond = kLanesPerGroup == 4 ? 1 : 0, kThird = kLanesPerGroup == 4 ? 2 : 1;
+    constexpr auto kDword = [](int v) { return ((2 * v + 1) << 24) | ((2 * v) << 16) | 0x8080; };
+    const I bytes = _mm512_setr_epi32(
+        kDword(0), kDword(0), kDword(0), kDword(0), kDword(kSecond), kDword(kSecond),
+        kDword(kSecond), kDword(kSecond), kDword(kThird), kDword(kThird), kDword(kThird),
+        kDword(kThird), kDword(kThird + kSecond), kDword(kThird + kSecond),
+        kDword(kThird + kSecond), kDword(kThird + kSecond));
+    return _mm512_castsi512_ps(_mm512_shuffle_epi8(_mm512_set1_epi64(bits), bytes));
+  }
 };
 
 }  // namespace

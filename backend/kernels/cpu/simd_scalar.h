@@ -10,6 +10,7 @@ namespace cpu {
 
 struct ScalarSimd {
   static constexpr int kLanes = 1;
+  static constexpr bool kSpreadsBFloat = false;
   using F = float;
 
   static F zero() { return 0.f; }
