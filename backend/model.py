@@ -174,12 +174,16 @@ def load(
     Raises:
         CudaInt4Error: the file is damaged, truncated, of another version, or needs what this build
             lacks; the text names the part, what was expected, what was found, and the cure.
+        ValueError: a path that no file can have.
     """
+    paths = [None if p is None else os.fsencode(p) for p in (path, data_path)]
+    for encoded in paths:
+        if encoded is not None and b"\0" in encoded:  # C would open what stands before it
+            raise ValueError(f"load: expected a path without NUL, got {encoded!r}; correct it")
     handle = ctypes.c_void_p()
     check(
         library().model_open(
-            os.fsencode(path),
-            None if data_path is None else os.fsencode(data_path),
+            *paths,
             device.encode(),
             int(verify),
             ctypes.byref(handle),

@@ -224,6 +224,17 @@ layout: expected 'auto' or one of 'coalesced', got 'marlin'; 'auto' picks by sha
     assert list(tmp_path.iterdir()) == [folder] and not list(folder.iterdir())
 
 
+def test_a_model_without_int4_weights_is_written_with_a_warning(tmp_path, caplog):
+    model, x = nn.Linear(64, 8).eval(), torch.randn(2, 64)
+    path = cuda_int4.export(model, (x,), tmp_path / "float.pte")
+    (record,) = [r for r in caplog.records if r.name == "cuda_int4.lowering"]
+    assert record.getMessage() == (
+        "export: expected a model with int4 weights, Linear has none and is written as it is; "
+        "call cuda_int4.quantize_ on it first"
+    )
+    torch.testing.assert_close(load(path).forward(x)[0], model(x))
+
+
 def test_a_folder_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: (path, mode) != (tmp_path, os.W_OK))
     text = message(cuda_int4.export, nn.Identity(), (), tmp_path / "model.pte")

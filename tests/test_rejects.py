@@ -197,6 +197,11 @@ def linear_args(x, weight, y, **views) -> _native.LinearArgs:
     return args
 
 
+def test_a_path_is_never_cut_short(forge):
+    with pytest.raises(ValueError, match="expected a path without NUL"):
+        cuda_int4.load(f"{forge.path}\0behind")
+
+
 def test_strides_and_addresses_that_the_kernels_do_not_take():
     """In a file constants are contiguous by construction; in eager a caller can hand over views."""
     weight = make(models.Linear()).proj.weight
