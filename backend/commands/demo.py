@@ -20,8 +20,8 @@ from .. import _native
 from .shipped import shipped_folder, shipped_script
 
 FORMS = {"none": "w4a16", "int8": "w4a8"}
-# bfloat16 activations, rounded in another order, move a logit by a few steps of bfloat16: where
-# PyTorch's two likeliest tokens lie closer than this, either may come first.
+# Activations rounded in another order move a logit by a few steps of their dtype: where PyTorch's
+# two likeliest tokens lie closer than this, either may come first.
 ROUNDING_STEPS = 4
 
 
@@ -46,6 +46,13 @@ def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
         help="teacher-forced tokens to compare with PyTorch (default: %(default)s)",
     )
     parser.add_argument(
+        "--dtype",
+        choices=("fp32", "bf16", "fp16"),
+        default="fp32",
+        help="of the activations; the 16-bit ones round on their own account, and either of two"
+        " nearly equal tokens may come first (default: %(default)s)",
+    )
+    parser.add_argument(
         "--output", metavar="FOLDER", help="keep the .pte files here (default: a temporary folder)"
     )
 
@@ -56,7 +63,7 @@ def demo_command(args: argparse.Namespace) -> int:
         folder = Path(args.output or scratch)
         folder.mkdir(parents=True, exist_ok=True)
         rows = [run_form(form, folder, args) for form in FORMS]
-    print_table(rows)
+    print_table(rows, args.dtype)
     if args.output:
         print(f"The files are in {folder}; try: cuda-int4 inspect {rows[0].path}")
     return 0 if all(row.explained for row in rows) else 1
@@ -86,7 +93,8 @@ def run_form(activation: str, folder: Path, args: argparse.Namespace) -> Row:
     byte_llama = shipped_script("export_examples/byte_llama/export")
     path = folder / f"byte_llama_{form}.pte"
     print(f"{form}: exporting {path.name} ...", file=sys.stderr, flush=True)
-    model, _ = byte_llama.build(path, activation=activation)
+    dtype = byte_llama.DTYPES[args.dtype]
+    model, _ = byte_llama.build(path, activation=activation, dtype=dtype)
     weights = inspect(path)["weights"]
     n_weights = sum(weight["N"] * weight["K"] for weight in weights)
 
@@ -157,12 +165,12 @@ def in_plain_torch(model: Any) -> Any:
     return model
 
 
-def print_table(rows: list[Row]) -> None:
+def print_table(rows: list[Row], dtype: str) -> None:
     """The summary, side by side."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="The byte Llama (5.6 M weights) as int4, on this CPU")
+    table = Table(title=f"The byte Llama (5.6 M weights) in int4, {dtype}, on this CPU")
     table.add_column("")
     for row in rows:
         table.add_column(row.form, justify="right")
@@ -175,11 +183,12 @@ def print_table(rows: list[Row]) -> None:
     line("prefill", (f"{row.prefill_tokens_per_s:.0f} tokens/s" for row in rows))
     line("decode", (f"{row.decode_tokens_per_s:.0f} tokens/s" for row in rows))
     line("greedy bytes as in PyTorch", (f"{row.n_greedy_equal} of {row.n_greedy}" for row in rows))
-    line("greatest difference of a logit", (f"{r.agreement.greatest_difference:.4f}" for r in rows))
+    line("greatest difference of a logit", (f"{r.agreement.greatest_difference:.2g}" for r in rows))
     line("greatest logit", (f"{row.agreement.greatest_logit:.2f}" for row in rows))
     line(
         "same token as PyTorch", (f"{r.agreement.n_equal} of {r.agreement.n_tokens}" for r in rows)
     )
-    line("first other token", (str(r.agreement.first_difference or "none") for r in rows))
-    line("PyTorch's margin there, at most", (f"{r.agreement.widest_margin:.4f}" for r in rows))
+    firsts = (row.agreement.first_difference for row in rows)
+    line("first other token", ("none" if first is None else str(first) for first in firsts))
+    line("PyTorch's margin there, at most", (f"{r.agreement.widest_margin:.2g}" for r in rows))
     Console().print(table)
