@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -32,18 +30,15 @@ def shipped_folder(name: str) -> Path:
     return folder
 
 
-@contextmanager
-def importing_from(folder: Path) -> Iterator[None]:
-    """Let the scripts of ``folder`` import each other, as they do when run as scripts."""
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(folder))
-
-
 def shipped_script(name: str) -> ModuleType:
-    """Import a shipped script such as ``"benchmarks/bench_linear"``."""
-    folder, _, stem = name.rpartition("/")
-    with importing_from(shipped_folder(folder)):
+    """Import a shipped script such as ``"benchmarks/bench_linear"``.
+
+    Scripts import each other by name, as they do when run: their folder leads the path meanwhile.
+    """
+    parent, _, stem = name.rpartition("/")
+    folder = str(shipped_folder(parent))
+    sys.path.insert(0, folder)
+    try:
         return importlib.import_module(stem)
+    finally:
+        sys.path.remove(folder)
