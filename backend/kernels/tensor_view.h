@@ -64,12 +64,25 @@ enum class DeviceKind : int32_t { kCpu = 0, kCuda = 1 };
 using ParallelFor = void (*)(int64_t n, int64_t grain,
                              void (*fn)(void* context, int64_t begin, int64_t end), void* context);
 
+// Where a CUDA kernel notes the first value it could not use, such as an index out of range: it skips
+// the access, and the host reports it when it hands the outputs over.
+struct DeviceFault {
+  int32_t kind;  // 0: none yet; 1: index out of range
+  uint32_t op_index;
+  int64_t value;
+  int64_t limit;  // values 0..limit-1 are fine
+};
+
 struct ExecutionContext {
   DeviceKind device;
   void* stream;              // cudaStream_t on CUDA, nullptr on the CPU
   ParallelFor parallel_for;  // CPU only; nullptr runs on the calling thread
   void* scratch;             // scratch_bytes the op asked for, 64-byte aligned
   uint64_t scratch_bytes;
+  // CUDA only from here on.
+  const void* quantized_x = nullptr;  // x of a w4a8 linear, already quantised; nullptr: not yet
+  DeviceFault* fault = nullptr;       // memory that both sides see; nullptr: nobody asks
+  uint32_t op_index = 0;              // for `fault`: the instruction of the nested program
 };
 
 }  // namespace cuda_int4

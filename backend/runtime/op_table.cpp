@@ -4,6 +4,7 @@
 #include <cstring>
 #include <vector>
 
+#include "cuda_ops.h"
 #include "own_ops.h"
 
 namespace cuda_int4 {
@@ -107,6 +108,26 @@ OpFunction find_registered(std::string_view name) {
 
 constexpr std::string_view kOurs = "cuda_int4::";
 
+/// Kept names that read or move tensor data on the host are not for device memory.
+bool runs_on_shapes(std::string_view name) {
+  return name.find("::et_copy_index") == std::string_view::npos;
+}
+
+/// "aten::mul.out" -> "mul.out", "aten::linear.out" -> "dense_linear.out": linear.out is ours.
+std::string_view nested_op_name(std::string_view graph_name) {
+  if (graph_name == "aten::linear.out") return "dense_linear.out";
+  return graph_name.substr(graph_name.find("::") + 2);
+}
+
+std::string one_to_a_line(std::vector<std::string> names) {
+  for (const OwnOp& own : own_ops()) names.push_back(std::string(kOurs) + own.name);
+  std::sort(names.begin(), names.end());
+  names.erase(std::unique(names.begin(), names.end()), names.end());
+  std::string text;
+  for (const std::string& name : names) text += name + "\n";
+  return text;
+}
+
 }  // namespace
 
 OpFunction find_cpu_kernel(std::string_view nested_name) {
@@ -114,7 +135,7 @@ OpFunction find_cpu_kernel(std::string_view nested_name) {
   if (nested_name.substr(0, kOurs.size()) != kOurs) return nullptr;
   const std::string_view op = nested_name.substr(kOurs.size());
   for (const OwnOp& own : own_ops())
-    if (op == own.name) return own.cpu_kernel;
+    if (op == own.name) return own.kernel;
   if (op == "dense_linear.out") return find_registered("aten::linear.out");
   for (const Forwarded& forwarded : kForwarded)
     for (const char* name : forwarded.ops)
@@ -122,12 +143,22 @@ OpFunction find_cpu_kernel(std::string_view nested_name) {
   return nullptr;
 }
 
+OpFunction find_cuda_kernel(std::string_view nested_name) {
+  if (is_kept(nested_name))
+    return runs_on_shapes(nested_name) ? find_registered(nested_name) : nullptr;
+  if (nested_name.substr(0, kOurs.size()) != kOurs) return nullptr;
+  const std::string_view op = nested_name.substr(kOurs.size());
+  for (const OwnOp& own : own_ops())
+    if (op == own.name) return own.kernel;
+  for (const Span<const CudaOp>& family : cuda_op_families())
+    for (const CudaOp& cuda_op : family)
+      if (op == nested_op_name(cuda_op.graph_name)) return cuda_op.kernel;
+  return nullptr;
+}
+
 const std::string& supported_ops(DeviceKind device) {
-  static const std::string none;
-  if (device != DeviceKind::kCpu) return none;
   static const std::string cpu = [] {
     std::vector<std::string> names;
-    for (const OwnOp& own : own_ops()) names.push_back(std::string(kOurs) + own.name);
     for (const Forwarded& forwarded : kForwarded)
       for (const char* op : forwarded.ops) {
         std::string name = std::string(forwarded.graph_namespace) + op;
@@ -135,13 +166,17 @@ const std::string& supported_ops(DeviceKind device) {
       }
     for (const Kernel& kernel : executorch::runtime::get_registered_kernels())
       if (is_kept(kernel.name_)) names.emplace_back(kernel.name_);
-    std::sort(names.begin(), names.end());
-    names.erase(std::unique(names.begin(), names.end()), names.end());
-    std::string text;
-    for (const std::string& name : names) text += name + "\n";
-    return text;
+    return one_to_a_line(std::move(names));
   }();
-  return cpu;
+  static const std::string cuda = [] {
+    std::vector<std::string> names;
+    for (const Span<const CudaOp>& family : cuda_op_families())
+      for (const CudaOp& op : family) names.emplace_back(op.graph_name);
+    for (const Kernel& kernel : executorch::runtime::get_registered_kernels())
+      if (is_kept(kernel.name_) && runs_on_shapes(kernel.name_)) names.emplace_back(kernel.name_);
+    return one_to_a_line(std::move(names));
+  }();
+  return device == DeviceKind::kCpu ? cpu : cuda;
 }
 
 }  // namespace cuda_int4

@@ -9,6 +9,7 @@
 //   aten::sym_size.int              the same                      ExecuTorch's, on shapes only
 //   executorch_prim::add.Scalar     the same                      ExecuTorch's, on ints only
 //
+// On CUDA generic ops have kernels of ours (cuda_ops.h); what has none there is not in its list.
 // Generic ops are renamed in nested programs so that a kernel missing on a device is an error and
 // never a CPU kernel on device pointers.
 #pragma once
@@ -24,6 +25,7 @@ namespace cuda_int4 {
 
 /// The kernel by its name in a nested program; nullptr where the table has none.
 executorch::runtime::OpFunction find_cpu_kernel(std::string_view nested_name);
+executorch::runtime::OpFunction find_cuda_kernel(std::string_view nested_name);
 
 /// Graph names of every op that `device` runs, sorted, one to a line.
 const std::string& supported_ops(DeviceKind device);

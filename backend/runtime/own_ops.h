@@ -10,8 +10,8 @@
 namespace cuda_int4 {
 
 struct OwnOp {
-  const char* name;  // without the namespace: "linear.out"
-  executorch::runtime::OpFunction cpu_kernel;
+  const char* name;                        // without the namespace: "linear.out"
+  executorch::runtime::OpFunction kernel;  // on CPU and CUDA: current_execution() says which
 };
 
 executorch::runtime::Span<const OwnOp> own_ops();

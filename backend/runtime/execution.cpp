@@ -1,0 +1,44 @@
+#include "execution.h"
+
+#include "device.h"
+#include "errors.h"
+#include "parallel.h"
+
+namespace cuda_int4 {
+
+using executorch::runtime::Error;
+using executorch::runtime::KernelRuntimeContext;
+
+namespace {
+
+ExecutionContext on_the_cpu() {
+  ExecutionContext execution{};
+  execution.device = DeviceKind::kCpu;
+  execution.parallel_for = &parallel_for;
+  return execution;
+}
+
+thread_local ExecutionContext current = on_the_cpu();
+
+}  // namespace
+
+ExecutionScope::ExecutionScope(const ExecutionContext& execution) : outer_(current) {
+  current = execution;
+}
+
+ExecutionScope::~ExecutionScope() { current = outer_; }
+
+const ExecutionContext& current_execution() { return current; }
+
+Error give_scratch(KernelRuntimeContext& context, uint64_t nbytes, ExecutionContext* execution) {
+  if (nbytes == 0) return Error::Ok;
+  auto scratch = context.allocate_temp(nbytes, kDeviceAlignment);
+  if (!scratch.ok())
+    return fail(Error::MemoryAllocationFailed, "out of memory for %llu bytes of scratch",
+                static_cast<unsigned long long>(nbytes));
+  execution->scratch = scratch.get();
+  execution->scratch_bytes = nbytes;
+  return Error::Ok;
+}
+
+}  // namespace cuda_int4
