@@ -14,6 +14,7 @@ import ctypes
 import functools
 import importlib.util
 import os
+import struct
 import sys
 import sysconfig
 from ctypes import (
@@ -200,8 +201,10 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "checksum_continue": (c_uint32, [c_uint32, c_void_p, c_uint64]),
     "set_num_threads": (c_int32, [c_uint32]),
     "keep_log_quiet": (None, []),
-    "linear": (c_int32, [POINTER(LinearArgs), c_int32, c_void_p]),
-    "attention": (c_int32, [POINTER(AttentionArgs), c_int32, c_void_p]),
+    "linear": (c_int32, [POINTER(LinearArgs), c_int32, c_void_p, c_void_p, c_uint64]),
+    "linear_scratch_bytes": (c_int32, [POINTER(LinearArgs), c_int32, POINTER(c_uint64)]),
+    "attention": (c_int32, [POINTER(AttentionArgs), c_int32, c_void_p, c_void_p, c_uint64]),
+    "attention_scratch_bytes": (c_int32, [POINTER(AttentionArgs), c_int32, POINTER(c_uint64)]),
     "rms_norm": (c_int32, [POINTER(RmsNormArgs), c_int32, c_void_p]),
     "silu": (c_int32, [POINTER(SiluArgs), c_int32, c_void_p]),
     "model_open": (c_int32, [c_char_p, c_char_p, c_char_p, c_int32, POINTER(c_void_p)]),
@@ -357,29 +360,57 @@ def supported_ops(device: str = "cpu") -> frozenset[str]:
     return frozenset(names.decode().split())
 
 
+# A TensorView written in one call, a third of the time of assigning its fields.
+_PACKED_VIEW = struct.Struct("=QQii8q8q")
+assert _PACKED_VIEW.size == ctypes.sizeof(TensorView)
+_NO_TENSOR = _PACKED_VIEW.pack(0, 0, 0, -1, *(0,) * 2 * MAX_DIMS)
+_ZEROS = tuple((0,) * (MAX_DIMS - ndim) for ndim in range(MAX_DIMS + 1))
+_number_of: dict[Any, int] = {}  # torch dtype -> number, as they are met
+
+
+def _dtype_number(dtype: Any) -> int:
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPE_NUMBERS:
+        raise ValueError(f"cuda_int4: expected one of {', '.join(DTYPE_NUMBERS)}, got {name}")
+    return _number_of.setdefault(dtype, DTYPE_NUMBERS[name])
+
+
+def packed_view(tensor: Any) -> bytes:
+    """The bytes of :func:`tensor_view`, for structs that are put together from several.
+
+    Raises:
+        ValueError: a dtype or a number of dimensions that the interface does not carry.
+    """
+    if tensor is None:
+        return _NO_TENSOR
+    dtype = tensor.dtype
+    number = _number_of.get(dtype)
+    if number is None:
+        number = _dtype_number(dtype)
+    sizes, strides = tensor.shape, tensor.stride()
+    ndim = len(sizes)
+    if ndim > MAX_DIMS:
+        raise ValueError(f"cuda_int4: expected at most {MAX_DIMS} dimensions, got {ndim}")
+    if tensor.is_contiguous():
+        n_elements = tensor.numel()
+    elif 0 in sizes:
+        n_elements = 0
+    else:
+        n_elements = 1 + sum((n - 1) * s for n, s in zip(sizes, strides, strict=True))
+    zeros = _ZEROS[ndim]
+    return _PACKED_VIEW.pack(
+        tensor.data_ptr(), n_elements * dtype.itemsize, number, ndim,
+        *sizes, *zeros, *strides, *zeros,
+    )  # fmt: skip
+
+
 def tensor_view(tensor: Any) -> TensorView:
     """View of a torch tensor, or "no tensor" for None; the tensor must outlive the view.
 
     Raises:
         ValueError: a dtype or a number of dimensions that the interface does not carry.
     """
-    view = TensorView()
-    if tensor is None:
-        view.ndim = -1
-        return view
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    if dtype not in DTYPE_NUMBERS:
-        raise ValueError(f"cuda_int4: expected one of {', '.join(DTYPE_NUMBERS)}, got {dtype}")
-    if tensor.dim() > MAX_DIMS:
-        raise ValueError(f"cuda_int4: expected at most {MAX_DIMS} dimensions, got {tensor.dim()}")
-    view.data = tensor.data_ptr()
-    view.dtype = DTYPE_NUMBERS[dtype]
-    view.ndim = tensor.dim()
-    view.sizes[: view.ndim] = tensor.shape
-    view.strides[: view.ndim] = tensor.stride()
-    span = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    view.nbytes = 0 if tensor.numel() == 0 else (span + 1) * tensor.element_size()
-    return view
+    return TensorView.from_buffer_copy(packed_view(tensor))
 
 
 __all__ = [
@@ -403,6 +434,7 @@ __all__ = [
     "last_error",
     "library",
     "package_dir",
+    "packed_view",
     "supported_ops",
     "tensor_view",
 ]

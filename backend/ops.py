@@ -48,6 +48,7 @@ _STRUCTS = {
     "rms_norm": _native.RmsNormArgs,
     "silu": _native.SiluArgs,
 }
+_NEEDS_SCRATCH = ("linear", "attention")  # have a *_scratch_bytes in c_api.h
 
 
 def _linear_shape(x: Tensor, qdata: Tensor, scale: Tensor, *_: object) -> list:
@@ -65,25 +66,47 @@ _OUT_SHAPES: dict[str, Callable[..., list]] = {
 
 
 def _run(op: str, args: tuple, out: Tensor) -> Tensor:
-    """Call ``cuda_int4_<op>`` on the tensors' memory and torch's current stream."""
-    tensors = dict(zip(_TENSOR_ARGS[op], args, strict=False))
-    others = args[len(tensors) :]
+    """Call ``cuda_int4_<op>`` on the tensors' memory; on CUDA, on torch's current stream."""
+    n_tensors = len(_TENSOR_ARGS[op])
     # Held until the call is over: a contiguous copy must outlive its pointer.
-    held = {
-        name: _dense(op, name, tensor) if tensor is not None else None
-        for name, tensor in tensors.items()
-    }
-    struct = _STRUCTS[op]()
-    for name, tensor in held.items():
-        setattr(struct, name, _native.tensor_view(tensor))
-    struct.y = _native.tensor_view(out)
-    for name, value in zip(_OTHER_ARGS[op], others, strict=True):
+    held = [
+        None if tensor is None else _dense(op, name, tensor)
+        for name, tensor in zip(_TENSOR_ARGS[op], args, strict=False)
+    ]
+    views = b"".join([_native.packed_view(tensor) for tensor in (*held, out)])
+    kind = _STRUCTS[op]
+    struct = kind.from_buffer_copy(views.ljust(ctypes.sizeof(kind), b"\0"))
+    for name, value in zip(_OTHER_ARGS[op], args[n_tensors:], strict=True):
         setattr(struct, name, value.encode() if isinstance(value, str) else value)
-    is_cuda = out.device.type == "cuda"
-    stream = torch.cuda.current_stream(out.device).cuda_stream if is_cuda else None
-    function = getattr(_native.library(), op)
-    _native.check(function(ctypes.byref(struct), int(is_cuda), stream))
+    if not out.is_cuda:
+        none = (None, 0) if op in _NEEDS_SCRATCH else ()  # the library's own, from the heap
+        _native.check(getattr(_native.library(), op)(struct, _native.DEVICE_CPU, None, *none))
+    elif out.get_device() == torch.cuda.current_device():
+        _run_on_current_device(op, struct, out)
+    else:
+        with torch.cuda.device(out.device):
+            _run_on_current_device(op, struct, out)
     return out
+
+
+def _run_on_current_device(op: str, struct: ctypes.Structure, out: Tensor) -> None:
+    """Queue the op on the current CUDA stream.
+
+    Scratch comes from torch's caching allocator: it goes back to the stream's pool (in a capture,
+    to the graph's) on return, and what is queued next on the stream may have it.
+    """
+    library = _native.library()
+    stream = torch.cuda.current_stream().cuda_stream
+    if op not in _NEEDS_SCRATCH:
+        _native.check(getattr(library, op)(struct, _native.DEVICE_CUDA, stream))
+        return
+    nbytes = ctypes.c_uint64()
+    _native.check(getattr(library, f"{op}_scratch_bytes")(struct, _native.DEVICE_CUDA, nbytes))
+    scratch = None
+    if nbytes.value:
+        scratch = torch.empty(nbytes.value, dtype=torch.uint8, device=out.device)
+    pointer = None if scratch is None else scratch.data_ptr()
+    _native.check(getattr(library, op)(struct, _native.DEVICE_CUDA, stream, pointer, nbytes.value))
 
 
 def _dense(op: str, name: str, tensor: Tensor) -> Tensor:

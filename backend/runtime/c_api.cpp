@@ -16,39 +16,78 @@ using executorch::runtime::Error;
 
 namespace {
 
-/// One eager op: validate, give it scratch, run it.
+template <typename Args>
+Error check_call(const char* name, const Args* args, int32_t device) {
+  if (args == nullptr) return fail(Error::InvalidArgument, "%s: args is nullptr", name);
+  if (device != int32_t(DeviceKind::kCpu) && device != int32_t(DeviceKind::kCuda))
+    return fail(Error::InvalidArgument, "%s: expected device 0 (CPU) or 1 (CUDA), got %d", name,
+                device);
+  return Error::Ok;
+}
+
+/// An op that needs no scratch; `run` validates.
 template <typename Args>
 int32_t eager_op(const char* name, const Args* args, int32_t device, void* stream,
-                 Status (*validate)(const Args&),
-                 uint64_t (*scratch_bytes)(const Args&, DeviceKind),
                  Status (*run)(const Args&, const ExecutionContext&)) noexcept {
   return guarded([&]() -> Error {
-    if (args == nullptr) return fail(Error::InvalidArgument, "%s: args is nullptr", name);
-    if (device != int32_t(DeviceKind::kCpu) && device != int32_t(DeviceKind::kCuda))
-      return fail(Error::InvalidArgument, "%s: expected device 0 (CPU) or 1 (CUDA), got %d", name,
-                  device);
-    const Error invalid = fail(validate(*args));
+    const Error invalid = check_call(name, args, device);
+    if (invalid != Error::Ok) return invalid;
+    const bool on_cpu = device == int32_t(DeviceKind::kCpu);
+    return fail(run(*args, ExecutionContext{static_cast<DeviceKind>(device), stream,
+                                            on_cpu ? &parallel_for : nullptr, nullptr, 0}));
+  });
+}
+
+/// The functions of an op that needs scratch.
+template <typename Args>
+struct ScratchOp {
+  const char* name;
+  Status (*validate)(const Args&);
+  uint64_t (*scratch_bytes)(const Args&, DeviceKind);
+  Status (*run)(const Args&, const ExecutionContext&);
+};
+
+template <typename Args>
+int32_t eager_scratch_bytes(const ScratchOp<Args>& op, const Args* args, int32_t device,
+                            uint64_t* nbytes) noexcept {
+  return guarded([&]() -> Error {
+    Error invalid = check_call(op.name, args, device);
+    if (invalid == Error::Ok && nbytes == nullptr)
+      invalid = fail(Error::InvalidArgument, "%s: nbytes is nullptr", op.name);
+    if (invalid == Error::Ok) invalid = fail(op.validate(*args));
+    if (invalid == Error::Ok) *nbytes = op.scratch_bytes(*args, static_cast<DeviceKind>(device));
+    return invalid;
+  });
+}
+
+/// `run` validates, and refuses scratch that is too small.
+template <typename Args>
+int32_t eager_op(const ScratchOp<Args>& op, const Args* args, int32_t device, void* stream,
+                 void* scratch, uint64_t scratch_bytes) noexcept {
+  return guarded([&]() -> Error {
+    Error invalid = check_call(op.name, args, device);
     if (invalid != Error::Ok) return invalid;
     const bool on_cpu = device == int32_t(DeviceKind::kCpu);
     ExecutionContext context{static_cast<DeviceKind>(device), stream,
-                             on_cpu ? &parallel_for : nullptr, nullptr, 0};
-    if (scratch_bytes != nullptr) context.scratch_bytes = scratch_bytes(*args, context.device);
-    std::vector<uint8_t> scratch;
-    if (context.scratch_bytes > 0 && !on_cpu)
-      return fail(
-          Error::NotSupported,
-          "%s: this kernel needs %llu bytes of device memory beside its tensors, which eager "
-          "does not give it; run it from a .pte",
-          name, static_cast<unsigned long long>(context.scratch_bytes));
-    if (context.scratch_bytes > 0) {
+                             on_cpu ? &parallel_for : nullptr, scratch, scratch_bytes};
+    std::vector<uint8_t> own;
+    if (on_cpu && scratch == nullptr) {
+      invalid = fail(op.validate(*args));
+      if (invalid != Error::Ok) return invalid;
       constexpr uint64_t kAlign = 64;
-      scratch.resize(context.scratch_bytes + kAlign);
-      const uint64_t misaligned = reinterpret_cast<uintptr_t>(scratch.data()) % kAlign;
-      context.scratch = scratch.data() + (kAlign - misaligned) % kAlign;
+      context.scratch_bytes = op.scratch_bytes(*args, context.device);
+      own.resize(context.scratch_bytes == 0 ? 0 : context.scratch_bytes + kAlign);
+      const uint64_t misaligned = reinterpret_cast<uintptr_t>(own.data()) % kAlign;
+      context.scratch = own.data() + (kAlign - misaligned) % kAlign;
     }
-    return fail(run(*args, context));
+    return fail(op.run(*args, context));
   });
 }
+
+constexpr ScratchOp<LinearArgs> kLinear = {"cuda_int4::linear", &validate_linear,
+                                           &linear_scratch_bytes, &linear};
+constexpr ScratchOp<AttentionArgs> kAttention = {"cuda_int4::attention", &validate_attention,
+                                                 &attention_scratch_bytes, &attention};
 
 }  // namespace
 
@@ -71,22 +110,29 @@ uint32_t cuda_int4_checksum_continue(uint32_t so_far, const void* data, uint64_t
   return checksum(data, nbytes, so_far);
 }
 
-int32_t cuda_int4_linear(const LinearArgs* args, int32_t device, void* stream) {
-  return eager_op("cuda_int4::linear", args, device, stream, &validate_linear,
-                  &linear_scratch_bytes, &linear);
+int32_t cuda_int4_linear(const LinearArgs* args, int32_t device, void* stream, void* scratch,
+                         uint64_t scratch_bytes) {
+  return eager_op(kLinear, args, device, stream, scratch, scratch_bytes);
 }
 
-int32_t cuda_int4_attention(const AttentionArgs* args, int32_t device, void* stream) {
-  return eager_op("cuda_int4::attention", args, device, stream, &validate_attention,
-                  &attention_scratch_bytes, &attention);
+int32_t cuda_int4_linear_scratch_bytes(const LinearArgs* args, int32_t device, uint64_t* nbytes) {
+  return eager_scratch_bytes(kLinear, args, device, nbytes);
+}
+
+int32_t cuda_int4_attention(const AttentionArgs* args, int32_t device, void* stream, void* scratch,
+                            uint64_t scratch_bytes) {
+  return eager_op(kAttention, args, device, stream, scratch, scratch_bytes);
+}
+
+int32_t cuda_int4_attention_scratch_bytes(const AttentionArgs* args, int32_t device,
+                                          uint64_t* nbytes) {
+  return eager_scratch_bytes(kAttention, args, device, nbytes);
 }
 
 int32_t cuda_int4_rms_norm(const RmsNormArgs* args, int32_t device, void* stream) {
-  return eager_op<RmsNormArgs>("cuda_int4::rms_norm", args, device, stream, &validate_rms_norm,
-                               nullptr, &rms_norm);
+  return eager_op("cuda_int4::rms_norm", args, device, stream, &rms_norm);
 }
 
 int32_t cuda_int4_silu(const SiluArgs* args, int32_t device, void* stream) {
-  return eager_op<SiluArgs>("cuda_int4::silu", args, device, stream, &validate_silu, nullptr,
-                            &silu);
+  return eager_op("cuda_int4::silu", args, device, stream, &silu);
 }

@@ -35,10 +35,19 @@ CUDA_INT4_API int32_t cuda_int4_set_num_threads(uint32_t n_threads);
 CUDA_INT4_API void cuda_int4_keep_log_quiet(void);
 
 // ---- ops, for PyTorch eager (device: 0 CPU, 1 CUDA; stream: cudaStream_t or nullptr) ----
+// On CUDA they return once the work is on the stream: they allocate nothing and wait for nothing, so
+// a CUDA graph can capture them. The tensors' device must be the current one of the thread.
+// scratch: memory of that device, 64-byte aligned, of the size that *_scratch_bytes gives for the
+// same arguments, the op's own until the stream has passed it; nullptr where the size is 0. On the
+// CPU nullptr is always right: the op then takes what it needs from the heap.
 CUDA_INT4_API int32_t cuda_int4_linear(const cuda_int4::LinearArgs* args, int32_t device,
-                                       void* stream);
+                                       void* stream, void* scratch, uint64_t scratch_bytes);
+CUDA_INT4_API int32_t cuda_int4_linear_scratch_bytes(const cuda_int4::LinearArgs* args,
+                                                     int32_t device, uint64_t* nbytes);
 CUDA_INT4_API int32_t cuda_int4_attention(const cuda_int4::AttentionArgs* args, int32_t device,
-                                          void* stream);
+                                          void* stream, void* scratch, uint64_t scratch_bytes);
+CUDA_INT4_API int32_t cuda_int4_attention_scratch_bytes(const cuda_int4::AttentionArgs* args,
+                                                        int32_t device, uint64_t* nbytes);
 CUDA_INT4_API int32_t cuda_int4_rms_norm(const cuda_int4::RmsNormArgs* args, int32_t device,
                                          void* stream);
 CUDA_INT4_API int32_t cuda_int4_silu(const cuda_int4::SiluArgs* args, int32_t device, void* stream);
