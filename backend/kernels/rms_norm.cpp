@@ -1,7 +1,8 @@
-// cuda_int4::rms_norm: validation, and the CPU entry.
+// cuda_int4::rms_norm: validation, and the kernel of the device.
 #include "checks.h"
 #include "cpu/isa.h"
 #include "cpu/numeric.h"
+#include "cuda/cuda_kernels.h"
 #include "ops.h"
 #include "parallel_ranges.h"
 
@@ -73,6 +74,10 @@ Status rms_norm_on(const CpuKernels& kernels, const RmsNormArgs& args,
 
 Status rms_norm(const RmsNormArgs& args, const ExecutionContext& context) {
   CUDA_INT4_RETURN_IF_ERROR(validate_rms_norm(args));
+  if (context.device == DeviceKind::kCuda) {
+    const CudaKernels* kernels = cuda_kernels();
+    return kernels == nullptr ? built_without_cuda(kOp) : kernels->math->rms_norm(args, context);
+  }
   CUDA_INT4_RETURN_IF_ERROR(check_cpu_device(kOp, context));
   return cpu::rms_norm_on(cpu::best_kernels(), args, context);
 }

@@ -1,6 +1,7 @@
-// cuda_int4::silu: validation, and the CPU entry.
+// cuda_int4::silu: validation, and the kernel of the device.
 #include "checks.h"
 #include "cpu/isa.h"
+#include "cuda/cuda_kernels.h"
 #include "ops.h"
 #include "parallel_ranges.h"
 
@@ -44,6 +45,10 @@ Status silu_on(const CpuKernels& kernels, const SiluArgs& args, const ExecutionC
 
 Status silu(const SiluArgs& args, const ExecutionContext& context) {
   CUDA_INT4_RETURN_IF_ERROR(validate_silu(args));
+  if (context.device == DeviceKind::kCuda) {
+    const CudaKernels* kernels = cuda_kernels();
+    return kernels == nullptr ? built_without_cuda(kOp) : kernels->math->silu(args, context);
+  }
   CUDA_INT4_RETURN_IF_ERROR(check_cpu_device(kOp, context));
   return cpu::silu_on(cpu::best_kernels(), args, context);
 }

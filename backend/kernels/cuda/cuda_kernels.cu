@@ -37,7 +37,7 @@ Status linear_coalesced_w4a16(const LinearArgs& args, const ExecutionContext& co
       args, launch_matvec_w4a16_coalesced(kernel_args, static_cast<cudaStream_t>(context.stream)));
 }
 
-constexpr CudaKernels kKernels = {linear_coalesced_w4a16};
+constexpr CudaKernels kKernels = {linear_coalesced_w4a16, &kMathKernels};
 
 }  // namespace
 

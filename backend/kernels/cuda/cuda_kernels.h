@@ -5,6 +5,7 @@
 #pragma once
 
 #include "../ops.h"
+#include "math_kernels.h"
 
 namespace cuda_int4 {
 
@@ -12,6 +13,7 @@ struct CudaKernels {
   // coalesced.v1, activation "none"; arguments have passed validate_linear. Asynchronous: returns
   // when the work is on context.stream.
   Status (*linear_coalesced_w4a16)(const LinearArgs& args, const ExecutionContext& context);
+  const MathKernels* math;  // reductions, norms, products: math_kernels.h
 };
 
 // nullptr: built without CUDA.

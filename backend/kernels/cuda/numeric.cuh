@@ -47,10 +47,10 @@ __device__ __forceinline__ float warp_max(float value) {
   return value;
 }
 
-// ---- kCount elements that are loaded and stored as one word ----
+// ---- kCount (a power of two) elements that are loaded and stored in words of up to 16 bytes ----
 
 template <typename T, int kCount>
-struct alignas(sizeof(T) * kCount) Elems {
+struct alignas(sizeof(T) * kCount < 16 ? sizeof(T) * kCount : 16) Elems {
   T values[kCount];
 };
 

@@ -1,0 +1,20 @@
+// The generic CUDA kernels of reduction, norm and product kind, as one table of functions on plain
+// arguments: what runtime/cuda_ops_reduce.cpp and cuda_ops_matmul.cpp call. math_kernels.cu fills it.
+#pragma once
+
+#include "../ops.h"
+
+namespace cuda_int4 {
+
+struct MathKernels {
+  // Arguments have passed validate_rms_norm and validate_silu.
+  Status (*rms_norm)(const RmsNormArgs& args, const ExecutionContext& context);
+  Status (*silu)(const SiluArgs& args, const ExecutionContext& context);
+};
+
+extern const MathKernels kMathKernels;  // only in a build with nvcc: go through cuda_kernels()
+
+// For an op on CUDA in a build without nvcc, where cuda_kernels() is null.
+Status built_without_cuda(const char* who);
+
+}  // namespace cuda_int4
