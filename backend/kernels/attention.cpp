@@ -1,9 +1,10 @@
-// cuda_int4::attention: validation, and the CPU entry.
+// cuda_int4::attention: validation, and the way to the CPU and CUDA kernels.
 #include <cinttypes>
 
 #include "checks.h"
 #include "cpu/isa.h"
 #include "cpu/numeric.h"
+#include "cuda/cuda_kernels.h"
 #include "ops.h"
 #include "parallel_ranges.h"
 
@@ -125,7 +126,10 @@ Status validate_attention(const AttentionArgs& args) {
   return check_mask(args);
 }
 
-uint64_t attention_scratch_bytes(const AttentionArgs&, DeviceKind) { return 0; }
+uint64_t attention_scratch_bytes(const AttentionArgs& args, DeviceKind device) {
+  const CudaKernels* kernels = device == DeviceKind::kCuda ? cuda_kernels() : nullptr;
+  return kernels == nullptr ? 0 : kernels->attention_scratch_bytes(args);
+}
 
 namespace cpu {
 
@@ -149,8 +153,14 @@ Status attention_on(const CpuKernels& kernels, const AttentionArgs& args,
 
 Status attention(const AttentionArgs& args, const ExecutionContext& context) {
   CUDA_INT4_RETURN_IF_ERROR(validate_attention(args));
-  CUDA_INT4_RETURN_IF_ERROR(check_cpu_device(kOp, context));
   if (args.y.nbytes == 0) return {};
+  if (context.device == DeviceKind::kCuda) {
+    const CudaKernels* kernels = cuda_kernels();
+    if (kernels == nullptr) return built_without_cuda(kOp);
+    CUDA_INT4_RETURN_IF_ERROR(check_scratch(kOp, context, kernels->attention_scratch_bytes(args)));
+    return kernels->attention(args, context);
+  }
+  CUDA_INT4_RETURN_IF_ERROR(check_cpu_device(kOp, context));
   return cpu::attention_on(cpu::best_kernels(), args, context);
 }
 

@@ -2,6 +2,7 @@
 #include "../checks.h"
 #include "../coalesced.h"
 #include "../layouts.h"
+#include "attention.cuh"
 #include "cuda_kernels.h"
 #include "matvec_w4a16_coalesced.cuh"
 
@@ -37,7 +38,8 @@ Status linear_coalesced_w4a16(const LinearArgs& args, const ExecutionContext& co
       args, launch_matvec_w4a16_coalesced(kernel_args, static_cast<cudaStream_t>(context.stream)));
 }
 
-constexpr CudaKernels kKernels = {linear_coalesced_w4a16, &kMathKernels};
+constexpr CudaKernels kKernels = {linear_coalesced_w4a16, &kMathKernels,
+                                  cuda_attention_scratch_bytes, cuda_attention};
 
 }  // namespace
 

@@ -14,6 +14,9 @@ struct CudaKernels {
   // when the work is on context.stream.
   Status (*linear_coalesced_w4a16)(const LinearArgs& args, const ExecutionContext& context);
   const MathKernels* math;  // reductions, norms, products: math_kernels.h
+  // Arguments have passed validate_attention; scratch depends on shapes only.
+  uint64_t (*attention_scratch_bytes)(const AttentionArgs& args);
+  Status (*attention)(const AttentionArgs& args, const ExecutionContext& context);
 };
 
 // nullptr: built without CUDA.
