@@ -1,0 +1,380 @@
+"""Checks torch.ops.cuda_int4 on CUDA tensors: numbers, streams, graphs, torch.compile, modules.
+
+    python tests/gpu/check_cuda_eager.py
+
+Needs the package, built with nvcc, and torch with CUDA. Prints a line for each check that fails and
+a summary; the exit status is 0 if all are right. Inputs are signed and fresh for each case, every
+scale and zero point differs, and what is compared against is computed in float64. A capture in a
+CUDA graph fails if an op waits for the device, so those checks also show that none does.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import cuda_int4
+from cuda_int4 import ops as _ops  # noqa: F401  registers torch.ops.cuda_int4
+from cuda_int4.tensors import CudaCoalescedInt4Tensor
+
+linear = torch.ops.cuda_int4.linear
+attention = torch.ops.cuda_int4.attention
+rms_norm = torch.ops.cuda_int4.rms_norm
+silu = torch.ops.cuda_int4.silu
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class Checker:
+    """Counts what was right and prints what was not."""
+
+    def __init__(self) -> None:
+        self.n_right = self.n_wrong = 0
+
+    def note(self, right: bool, what: str) -> None:
+        """Count one check."""
+        self.n_right += right
+        self.n_wrong += not right
+        if not right:
+            print("WRONG", what, flush=True)
+
+    def near(self, found: Tensor, exact: Tensor, what: str, roundings: float = 1.2) -> None:
+        """Relative error at most ``roundings`` times that of rounding ``exact`` once, or 1e-5."""
+        exact = exact.double().cpu()
+        rounded = exact.to(found.dtype).double()
+        bound = max(1e-5, roundings * float((rounded - exact).norm() / exact.norm()))
+        error = float((found.double().cpu() - exact).norm() / exact.norm())
+        self.note(error <= bound, f"{what}: error {error:.2e}, bound {bound:.2e}")
+
+    def raises(self, call: Callable[[], object], words: tuple[str, ...], what: str) -> None:
+        """The call fails with a message that has all the words."""
+        try:
+            call()
+        except (ValueError, RuntimeError, NotImplementedError) as error:
+            missing = [word for word in words if word not in str(error)]
+            self.note(not missing, f"{what}: expected {missing} in: {error}")
+        else:
+            self.note(False, f"{what}: expected an error, got none")
+
+
+def make_weight(
+    N: int, K: int, group_size: int, zero_points: bool, activation: str = "none"
+) -> CudaCoalescedInt4Tensor:
+    """A weight on the CPU; every scale and zero point differs."""
+    codes = torch.randint(0, 16, (N, K), dtype=torch.uint8)
+    shape = (N, K // group_size)
+    scale = torch.rand(shape) * 0.03 + 0.002
+    zero_point = torch.rand(shape) * 14 + 0.5 if zero_points else None
+    return CudaCoalescedInt4Tensor(
+        codes[:, ::2] | (codes[:, 1::2] << 4),
+        scale,
+        group_size,
+        "coalesced.v1",
+        activation,
+        (N, K),
+        torch.float32,
+        zero_point,
+    )
+
+
+def int8_rounded(x: Tensor) -> Tensor:
+    """X as w4a8 sees it: per 32 values, max|x| / 127 times an int8; float64 on the CPU."""
+    groups = x.float().cpu().unflatten(-1, (-1, 32))
+    step = groups.abs().amax(-1, keepdim=True) / 127
+    codes = torch.where(step > 0, (groups / step).round().clamp(-127, 127), 0)
+    return (codes.double() * step.double()).flatten(-2)
+
+
+def call_linear(x: Tensor, weight: CudaCoalescedInt4Tensor, bias: Tensor | None = None) -> Tensor:
+    """The op on the parts of a weight."""
+    return linear(
+        x,
+        weight.qdata,
+        weight.scale,
+        weight.zero_point,
+        None,
+        bias,
+        weight.group_size,
+        weight.layout_tag,
+        weight.activation,
+    )
+
+
+def exact_linear(x: Tensor, weight: CudaCoalescedInt4Tensor) -> Tensor:
+    """In float64, with the activations that the kernel's arithmetic has."""
+    rows = x.double().cpu() if weight.activation == "none" else int8_rounded(x)
+    return rows @ weight.cpu().dequantize(torch.float64).T
+
+
+def check_numbers(checker: Checker) -> None:
+    """Every op against float64; no operand contiguous where the op takes that."""
+    for dtype in DTYPES:
+        for activation in ("none", "int8"):
+            for N, K, group_size, zero_points in (
+                (17, 96, 32, True),
+                (1030, 1088, 64, False),
+                (512, 4096, 128, True),
+                (640, 512, 512, False),
+            ):
+                weight = make_weight(N, K, group_size, zero_points, activation)
+                for rows in ((1,), (3,), (2, 4), (16,), (33,), (200,)):
+                    x = torch.randn(*rows, K).to(dtype).cuda()
+                    bias = torch.randn(N).to(dtype).cuda()
+                    what = f"linear {activation} {dtype} {rows} {N}x{K} g{group_size}"
+                    exact = exact_linear(x, weight)
+                    checker.near(call_linear(x, weight.cuda()), exact, what, 1.5)
+                    with_bias = call_linear(x, weight.cuda(), bias)
+                    checker.near(with_bias, exact + bias.double().cpu(), f"{what} + bias", 1.5)
+        for S, T in ((1, 1), (1, 333), (7, 7), (65, 130)):
+            q, k, v = (torch.randn(2, h, n, 64).to(dtype) for h, n in ((8, S), (2, T), (2, T)))
+            mask = torch.rand(S, T) > 0.3
+            mask[:, 0] = True
+            exact = F.scaled_dot_product_attention(
+                *(t.double() for t in (q, k, v)), attn_mask=mask, enable_gqa=True, scale=0.2
+            )
+            on_gpu = [t.cuda() for t in (q, k, v, mask)]
+            # The loops of a flash kernel round the weights to the dtype of v.
+            checker.near(
+                attention(*on_gpu, 0.2, False), exact, f"attention {dtype} {S} of {T}", 2.5
+            )
+            moved = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in on_gpu[:3]]
+            checker.note(
+                torch.equal(attention(*moved, on_gpu[3], 0.2, False),
+                            attention(*on_gpu, 0.2, False)),
+                f"attention {dtype} {S} of {T}: strides of q, k, v change the result",
+            )  # fmt: skip
+        x = torch.randn(5, 3, 4096, dtype=dtype) * 3
+        weight_1d = torch.randn(4096, dtype=dtype)
+        exact = F.rms_norm(x.double(), (4096,), weight_1d.double(), 1e-5)
+        checker.near(rms_norm(x.cuda(), weight_1d.cuda(), 1e-5), exact, f"rms_norm {dtype}")
+        strided = x.cuda().repeat_interleave(2, -1)[..., ::2]
+        checker.near(rms_norm(strided, weight_1d.cuda(), 1e-5), exact, f"rms_norm {dtype} strided")
+        checker.near(silu(x.cuda()), F.silu(x.double()), f"silu {dtype}")
+        out = torch.full((5, 3, 4096), float("nan"), dtype=dtype, device="cuda")
+        silu.out(x.cuda(), out=out)
+        checker.near(out, F.silu(x.double()), f"silu.out {dtype}")
+
+
+def block(weight: CudaCoalescedInt4Tensor) -> Callable[[Tensor], Tensor]:
+    """A function of x that uses all four ops."""
+    N = weight.shape[0]
+    norm = torch.rand(weight.shape[1]).add_(0.5).half().cuda()
+
+    def run(x: Tensor) -> Tensor:
+        h = silu(call_linear(rms_norm(x, norm, 1e-5), weight))
+        heads = h.view(1, x.shape[0], N // 64, 64).transpose(1, 2)
+        return attention(heads, heads, heads, None, 0.125, True)
+
+    return run
+
+
+def check_graphs(checker: Checker) -> None:
+    """Captured once, replayed on other inputs: what eager gives, bit by bit."""
+    for activation in ("none", "int8"):
+        for rows in (1, 4, 40):
+            weight = make_weight(1024, 2048, 32, True, activation).cuda()
+            run = block(weight)
+            x = torch.randn(rows, 2048, dtype=torch.float16, device="cuda")
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                run(x)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                y = run(x)
+            for seed in range(3):
+                torch.manual_seed(seed)
+                x.copy_(torch.randn(rows, 2048))
+                y.fill_(float("nan"))
+                graph.replay()
+                what = f"graph {activation} M={rows}, input {seed}"
+                checker.note(torch.equal(y, run(x)), f"{what}: replay is not what eager gives")
+                checker.note(bool(y.isfinite().all()), f"{what}: not finite")
+
+
+def check_streams(checker: Checker) -> None:
+    """Ops wait for what is before them on their stream, and for nothing else.
+
+    Each stream first sleeps, then fills x: an op on another stream would read zeros.
+    """
+    weight = make_weight(768, 1024, 64, False).cuda()
+    rows = torch.randn(2, 1024, dtype=torch.float16, device="cuda")
+    want = call_linear(rows, weight)
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    results = []
+    start = time.perf_counter()
+    for index, stream in enumerate(streams):
+        with torch.cuda.stream(stream):
+            x = torch.zeros_like(rows)
+            torch.cuda._sleep(100_000_000)
+            x.copy_(rows * (index + 1))
+            results.append(call_linear(x, weight))
+    queued_s = time.perf_counter() - start
+    torch.cuda.synchronize()
+    checker.note(queued_s < 0.05, f"four streams: queueing took {queued_s:.3f} s: an op waited")
+    for index, y in enumerate(results):
+        checker.near(y, want.double() * (index + 1), f"stream {index}", 2.5)
+
+
+def check_compile(checker: Checker) -> None:
+    """torch.compile takes the ops whole, in one graph, dynamic shapes included."""
+    weight = make_weight(512, 1024, 32, True).cuda()
+    for mode in ("default", "reduce-overhead"):
+        torch._dynamo.reset()
+
+        def function(x: Tensor) -> Tensor:
+            return F.gelu(silu(call_linear(x * 2, weight))) + 1
+
+        compiled = torch.compile(function, fullgraph=True, mode=mode)
+        for rows in (1, 1, 1, 5, 9):
+            x = torch.randn(rows, 1024, dtype=torch.float16, device="cuda")
+            checker.near(compiled(x).clone(), function(x), f"compile {mode} M={rows}", 3.0)
+
+
+class Mlp(nn.Module):
+    """A gated feed-forward layer with a norm and a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(512)
+        self.gate = nn.Linear(512, 1536, bias=False)
+        self.up = nn.Linear(512, 1536)
+        self.down = nn.Linear(1536, 512, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [..., 512] to the same shape."""
+        h = self.norm(x)
+        return x + self.down(F.silu(self.gate(h)) * self.up(h))
+
+
+def check_modules(checker: Checker) -> None:
+    """A quantised module moves to the GPU and back, keeps every bit, and computes the same."""
+    for activation in ("none", "int8"):
+        torch.manual_seed(0)
+        model = Mlp().eval()
+        cuda_int4.quantize_(model, cuda_int4.Int4Config(group_size=64, activation=activation))
+        before = {name: p.qdata.clone() for name, p in model.named_parameters() if p.dim() == 2}
+        x = torch.randn(6, 512)
+        with torch.no_grad():
+            want = model(x)
+            for move in (lambda m: m.to("cuda"), lambda m: m.cpu().cuda()):
+                model = move(model)
+                parts = [p for p in model.parameters() if isinstance(p, CudaCoalescedInt4Tensor)]
+                checker.note(
+                    len(parts) == 3
+                    and all(p.device.type == p.qdata.device.type == "cuda" for p in parts),
+                    f"module {activation}: weights are not on the GPU",
+                )
+                # Two devices round intermediates of an int8 linear to other codes now and then.
+                tolerance = 1e-5 if activation == "none" else 5e-3
+                error = float((model(x.cuda()).cpu() - want).norm() / want.norm())
+                checker.note(error <= tolerance, f"module {activation}: error {error:.2e}")
+            for dtype in (torch.float16, torch.bfloat16):
+                half = model.to(dtype)
+                error = float((half(x.cuda().to(dtype)).cpu().float() - want).norm() / want.norm())
+                checker.note(error < 0.02, f"module {activation} {dtype}: error {error:.2e}")
+                compiled = torch.compile(half, fullgraph=True)
+                error = float((compiled(x.cuda().to(dtype)).cpu() - want).norm() / want.norm())
+                checker.note(error < 0.02, f"module {activation} {dtype}, compiled: {error:.2e}")
+            same = all(
+                torch.equal(p.qdata.cpu(), before[name])
+                for name, p in model.named_parameters()
+                if name in before
+            )
+            checker.note(same, f"module {activation}: moving changed codes")
+
+
+def check_errors(checker: Checker) -> None:
+    """Bad calls raise, with the reason."""
+    weight = make_weight(64, 128, 32, True)
+    on_gpu = weight.cuda()
+    x = torch.randn(2, 128, dtype=torch.float16)
+    checker.raises(
+        lambda: call_linear(x.cuda(), weight), ("qdata", "cuda", "cpu", "move"), "CPU weight"
+    )
+    checker.raises(lambda: call_linear(x, on_gpu), ("qdata", "cpu", "cuda"), "CPU x")
+    checker.raises(
+        lambda: call_linear(x.cuda()[:, :96], on_gpu), ("x [..., K=128]", "96"), "x of another K"
+    )
+    checker.raises(lambda: call_linear(x.cuda().long(), on_gpu), ("x", "int64"), "x of int64")
+    checker.raises(
+        lambda: linear(
+            x.cuda(), on_gpu.qdata, on_gpu.scale, None, None, None, 32, "coalesced.v9", "none"
+        ),
+        ("coalesced.v9", "update"),
+        "unknown layout",
+    )
+    library = cuda_int4._native.library()
+    views = [
+        cuda_int4._native.tensor_view(t)
+        for t in (x.cuda(), on_gpu.qdata, on_gpu.scale, on_gpu.zero_point, None, None)
+    ]
+    y = torch.empty(2, 64, dtype=torch.float16, device="cuda")
+    args = cuda_int4._native.LinearArgs(
+        *views, cuda_int4._native.tensor_view(y), 32, b"coalesced.v1", b"none", b"w"
+    )
+    checker.note(
+        library.linear(args, 7, None, None, 0) != 0 and "7" in cuda_int4._native.last_error(),
+        "device 7 is not refused",
+    )
+    torch.cuda.synchronize()
+    checker.near(call_linear(x.cuda(), on_gpu), exact_linear(x, weight), "after the errors", 1.5)
+
+
+def print_overhead() -> None:
+    """Microseconds that a call takes on the host, which waits for nothing."""
+    weight = make_weight(256, 256, 32, True).cuda()
+    x = torch.randn(1, 256, dtype=torch.float16, device="cuda")
+    calls: dict[str, Callable[[], Tensor]] = {
+        "cuda_int4.linear": lambda: call_linear(x, weight),
+        "cuda_int4.silu": lambda: silu(x),
+        "aten.silu": lambda: F.silu(x),
+    }
+    for name, call in calls.items():
+        best = float("inf")
+        for _ in range(5):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(500):
+                call()
+            best = min(best, (time.perf_counter() - start) / 500)
+        print(f"{name}: {best * 1e6:.1f} us a call on the host")
+
+
+def main() -> int:
+    """Run all checks; 1 if one failed."""
+    if not torch.cuda.is_available() or not cuda_int4._native.library().cuda_available():
+        print("expected a GPU, and libcuda_int4 built with nvcc; found "
+              f"torch.cuda {torch.cuda.is_available()}, "
+              f"cuda_int4 {cuda_int4._native.library().cuda_available()}")  # fmt: skip
+        return 2
+    checker = Checker()
+    for check in (
+        check_numbers,
+        check_graphs,
+        check_streams,
+        check_compile,
+        check_modules,
+        check_errors,
+    ):
+        torch.manual_seed(1)
+        right, wrong, start = checker.n_right, checker.n_wrong, time.perf_counter()
+        check(checker)
+        print(
+            f"{check.__name__}: {checker.n_right - right} right, {checker.n_wrong - wrong} wrong "
+            f"({time.perf_counter() - start:.1f} s)",
+            flush=True,
+        )
+    print_overhead()
+    print(f"{checker.n_right} right, {checker.n_wrong} wrong")
+    return 1 if checker.n_wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
