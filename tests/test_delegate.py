@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,11 @@ from cuda_int4 import _native
 from cuda_int4._native import CudaInt4Error
 from cuda_int4.model import explained
 from delegate_models import dim, make, rows, write
+
+NO_CUDA = "built without nvcc|expected a CUDA driver with a GPU, none answers here"
+without_gpu = pytest.mark.skipif(
+    _native.library().cuda_available() == 1, reason="this machine has a GPU"
+)
 
 
 @pytest.fixture(scope="module")
@@ -286,12 +292,17 @@ def test_a_closed_model_says_so(linear):
 def test_devices(linear):
     _, path = linear
     assert cuda_int4.load(path, device="cpu").forward(rows(1))
-    with pytest.raises(
-        RuntimeError, match='device "cuda": cuda_int4 .* runs .pte files on the CPU only'
-    ):
-        cuda_int4.load(path, device="cuda")
-    with pytest.raises(RuntimeError, match='expected "auto", "cpu" or "cuda", got "tpu"'):
-        cuda_int4.load(path, device="tpu")
+    for name in ("tpu", "cuda:", "cuda:one", "cuda:-1"):
+        expected = f'expected "auto", "cpu", "cuda" or "cuda:<index>", got "{name}"'
+        with pytest.raises(RuntimeError, match=expected):
+            cuda_int4.load(path, device=name)
+
+
+@without_gpu
+def test_cuda_is_refused_where_there_is_none(linear):
+    for name in ("cuda", "cuda:1"):
+        with pytest.raises(RuntimeError, match=NO_CUDA):
+            cuda_int4.load(linear[1], device=name)
 
 
 def load_in_a_process(path, **environment):
@@ -310,13 +321,21 @@ def load_in_a_process(path, **environment):
 
 def test_the_environment_takes_the_place_of_auto(linear):
     assert load_in_a_process(linear[1], CUDA_INT4_DEVICE="cpu").returncode == 0
-    refused = load_in_a_process(linear[1], CUDA_INT4_DEVICE="cuda")
-    assert refused.returncode != 0 and "runs .pte files on the CPU only" in refused.stderr
+    refused = load_in_a_process(linear[1], CUDA_INT4_DEVICE="tpu")
+    assert refused.returncode != 0 and 'got "tpu"' in refused.stderr
 
 
 def test_auto_says_what_it_chose_once(linear):
     stderr = load_in_a_process(linear[1]).stderr
-    assert stderr.count("cuda_int4: device auto: the CPU") == 1
+    assert stderr.count("cuda_int4: device auto:") == 1
+
+
+@without_gpu
+def test_auto_is_the_cpu_without_a_gpu(linear):
+    stderr = load_in_a_process(linear[1]).stderr
+    assert re.search(
+        "device auto: the CPU, because (no CUDA driver|this library was built)", stderr
+    )
 
 
 def test_executorch_errors_get_their_reason(linear, stock):

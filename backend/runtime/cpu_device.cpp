@@ -23,6 +23,8 @@ class CpuDevice final : public Device {
     return std::aligned_alloc(kDeviceAlignment, rounded);
   }
   void free(void* pointer) override { std::free(pointer); }
+  void* allocate_host(size_t nbytes) override { return allocate(nbytes); }
+  void free_host(void* pointer) override { free(pointer); }
 
   Error upload(void* to, const void* host, size_t nbytes) override {
     return copy(to, host, nbytes);

@@ -4,10 +4,13 @@
 
 #include <algorithm>
 #include <cinttypes>
+#include <cstring>
 
 #include "../kernels/checks.h"
 #include "../kernels/ops.h"
 #include "errors.h"
+#include "execution.h"
+#include "parallel.h"
 #include "program_check.h"
 #include "tensor_bridge.h"
 
@@ -16,6 +19,9 @@
 
 namespace cuda_int4 {
 
+using executorch::aten::DimOrderType;
+using executorch::aten::SizesType;
+using executorch::aten::StridesType;
 using executorch::aten::Tensor;
 using executorch::runtime::Error;
 using executorch::runtime::EValue;
@@ -53,13 +59,17 @@ DelegateMethod::~DelegateMethod() {
   temp_.reset();
   constants_.reset();
   for (void* allocation : allocations_) device_->free(allocation);
+  for (void* allocation : host_allocations_) device_->free_host(allocation);
 }
 
 Error DelegateMethod::open(const void* blob, uint64_t blob_nbytes, const NamedDataMap* store,
                            const Options& options, std::unique_ptr<DelegateMethod>* out) {
   std::unique_ptr<DelegateMethod> self(new DelegateMethod());
-  Error error = make_device(options.device, &self->device_);
-  if (error == Error::Ok) error = read_blob(blob, blob_nbytes, &self->blob_);
+  Error error = read_blob(blob, blob_nbytes, &self->blob_);
+  if (error == Error::Ok)
+    error =
+        make_device({options.device, &self->blob_.ops, options.on_callers_stream, options.stream},
+                    &self->device_);
   if (error == Error::Ok) error = self->check_ops();
   if (error == Error::Ok) error = self->check_linears();
   if (error != Error::Ok) return error;
@@ -67,7 +77,9 @@ Error DelegateMethod::open(const void* blob, uint64_t blob_nbytes, const NamedDa
   error = self->constants_->place(store, options.verify_constants);
   if (error == Error::Ok) error = self->load_method();
   if (error == Error::Ok) error = self->place_mutable_buffers();
+  if (error == Error::Ok) error = self->plan_inputs();
   if (error == Error::Ok) error = self->plan_outputs();
+  if (error == Error::Ok) error = self->device_->synchronize();
   if (error != Error::Ok) return error;
   *out = std::move(self);
   return Error::Ok;
@@ -236,11 +248,38 @@ Error DelegateMethod::place_mutable_buffers() {
   return reset();
 }
 
+Error DelegateMethod::stage(const char* what, size_t i, size_t nbytes, Staged* out) {
+  out->nbytes = nbytes;
+  out->device = device_->allocate(nbytes);
+  if (out->device != nullptr) allocations_.push_back(out->device);
+  out->host = device_->allocate_host(nbytes);
+  if (out->host != nullptr) host_allocations_.push_back(out->host);
+  if (out->device != nullptr && out->host != nullptr) return Error::Ok;
+  return fail(
+      Error::MemoryAllocationFailed,
+      "%s %zu: no %zu bytes of %s memory left for it; export with a shorter greatest sequence",
+      what, i, nbytes, out->device == nullptr ? device_->name() : "page-locked host");
+}
+
+Error DelegateMethod::plan_inputs() {
+  inputs_.resize(method_->inputs_size());
+  if (device_->reads_host_memory()) return Error::Ok;
+  const MethodMeta meta = method_->method_meta();
+  for (size_t i = 0; i < inputs_.size(); ++i) {
+    if (!method_->get_input(i).isTensor()) continue;
+    const auto info = meta.input_tensor_meta(i);
+    if (!info.ok()) return info.error();
+    const Error error = stage("input", i, info->nbytes(), &inputs_[i]);
+    if (error != Error::Ok) return error;
+  }
+  return Error::Ok;
+}
+
 Error DelegateMethod::plan_outputs() {
   const MethodMeta meta = method_->method_meta();
   for (size_t i = 0; i < method_->outputs_size(); ++i) {
     const EValue& value = method_->get_output(i);
-    Output output{value.isTensor(), false, 0, {}};
+    Output output{value.isTensor(), false, 0, {}, {}};
     if (output.is_tensor) {
       const auto info = meta.output_tensor_meta(i);
       if (!info.ok()) return info.error();
@@ -251,6 +290,12 @@ Error DelegateMethod::plan_outputs() {
       output.bindable = !info->is_memory_planned() && value.toTensor().const_data_ptr() == nullptr;
       for (size_t j = 0; j < method_->inputs_size(); ++j)
         if (&method_->mutable_input(j) == &value) output.bindable = false;
+      if (!device_->reads_host_memory()) {
+        Error error = stage("output", i, output.max_nbytes, &output.staged);
+        if (error == Error::Ok && output.bindable)
+          error = method_->set_output_data_ptr(output.staged.device, output.max_nbytes, i);
+        if (error != Error::Ok) return error;
+      }
     }
     outputs_.push_back(std::move(output));
   }
@@ -284,12 +329,29 @@ Error DelegateMethod::bind_input(size_t i, const EValue& value) {
         "input %zu: expected %d dimensions in the order of memory it was exported with, got "
         "%s in another; pass x.contiguous()",
         i, expected_view.ndim, ShapeText(given_view).text);
-  const Error error = method_->set_input(value, i);
+  const Error error =
+      device_->reads_host_memory() ? method_->set_input(value, i) : set_tensor_input(i, given);
   if (error != Error::Ok)
     return fail_unless_explained(error,
                                  "input %zu: expected sizes the model was exported for, got %s", i,
                                  ShapeText(given_view).text);
   return Error::Ok;
+}
+
+/// The nested method reads the staged copy, which is always at the same address.
+Error DelegateMethod::set_tensor_input(size_t i, const Tensor& given) {
+  const Staged& staged = inputs_[i];
+  if (given.nbytes() > staged.nbytes) return Error::InvalidArgument;
+  executorch::aten::TensorImpl impl(given.scalar_type(), given.dim(),
+                                    const_cast<SizesType*>(given.sizes().data()), staged.device,
+                                    const_cast<DimOrderType*>(given.dim_order().data()),
+                                    const_cast<StridesType*>(given.strides().data()));
+  const Error error = method_->set_input(EValue(Tensor(&impl)), i);
+  if (error != Error::Ok || given.nbytes() == 0) return error;
+  if (given.const_data_ptr() == nullptr)
+    return fail(Error::InvalidArgument, "input %zu: expected data, got nullptr", i);
+  std::memcpy(staged.host, given.const_data_ptr(), given.nbytes());
+  return device_->upload_async(staged.device, staged.host, given.nbytes());
 }
 
 Error DelegateMethod::bind_output(size_t i, EValue& value) {
@@ -302,7 +364,7 @@ Error DelegateMethod::bind_output(size_t i, EValue& value) {
   if (given.scalar_type() != nested.scalar_type())
     return fail(Error::InvalidArgument, "output %zu: expected dtype %s, got %s", i,
                 dtype_name(DType(nested.scalar_type())), dtype_name(DType(given.scalar_type())));
-  if (!output.bindable) return Error::Ok;
+  if (!output.bindable || !device_->reads_host_memory()) return Error::Ok;
   // The caller's tensor has the sizes of the last call; its memory is planned for the greatest ones.
   const Error error =
       executorch::runtime::resize_tensor(given, {output.max_sizes.data(), output.max_sizes.size()});
@@ -334,10 +396,28 @@ Error DelegateMethod::hand_over(size_t i, EValue& value) {
   if (from.const_data_ptr() == to.const_data_ptr() || from.nbytes() == 0) return Error::Ok;
   if (to.const_data_ptr() == nullptr || from.const_data_ptr() == nullptr)
     return fail(Error::InvalidArgument, "output %zu: expected memory to write to, got none", i);
-  return device_->copy(to.mutable_data_ptr(), from.const_data_ptr(), from.nbytes());
+  if (device_->reads_host_memory())
+    return device_->copy(to.mutable_data_ptr(), from.const_data_ptr(), from.nbytes());
+  void* host = to.mutable_data_ptr();
+  if (!device_->is_from_allocate_host(host)) host = outputs_[i].staged.host;
+  return device_->download_async(host, from.const_data_ptr(), from.nbytes());
+}
+
+/// What went through staging, once it is there, to where the caller wants it.
+Error DelegateMethod::finish_hand_over(Span<EValue*> outputs) {
+  const Error error = device_->synchronize();
+  if (error != Error::Ok || device_->reads_host_memory()) return error;
+  for (size_t i = 0; i < outputs_.size(); ++i) {
+    if (!outputs_[i].is_tensor) continue;
+    Tensor& to = outputs[i]->toTensor();
+    if (to.nbytes() > 0 && !device_->is_from_allocate_host(to.const_data_ptr()))
+      std::memcpy(to.mutable_data_ptr(), outputs_[i].staged.host, to.nbytes());
+  }
+  return Error::Ok;
 }
 
 Error DelegateMethod::execute(Span<EValue*> args) {
+  const DeviceScope scope(*device_);
   const size_t n_inputs = method_->inputs_size();
   if (args.size() != n_inputs + outputs_.size())
     return fail(
@@ -353,21 +433,29 @@ Error DelegateMethod::execute(Span<EValue*> args) {
     const Error error = bind_output(i, *args[n_inputs + i]);
     if (error != Error::Ok) return error;
   }
+  Error error = run();
+  for (size_t i = 0; error == Error::Ok && i < outputs_.size(); ++i)
+    error = hand_over(i, *args[n_inputs + i]);
+  // Also after an error: nothing of this call is left in the queue.
+  const Error finished = finish_hand_over({args.data() + n_inputs, outputs_.size()});
+  return error != Error::Ok ? error : finished;
+}
+
+Error DelegateMethod::run() {
+  ExecutionContext execution{};
+  execution.device = device_->kind();
+  execution.stream = device_->stream();
+  execution.parallel_for = execution.device == DeviceKind::kCpu ? &parallel_for : nullptr;
+  const ExecutionScope scope(execution);
   const size_t before = temp_->resets();
   const Error error = method_->execute();
-  if (error != Error::Ok) {
-    const std::string op =
-        operator_at(blob_.program, method_->method_meta().name(), temp_->resets() - before - 2);
-    return fail_unless_explained(error,
-                                 "nested program: %s refused its arguments with %s (the log says "
-                                 "why); run with sizes and indices the model was exported for",
-                                 op.c_str(), executorch::runtime::to_string(error));
-  }
-  for (size_t i = 0; i < outputs_.size(); ++i) {
-    const Error handed = hand_over(i, *args[n_inputs + i]);
-    if (handed != Error::Ok) return handed;
-  }
-  return Error::Ok;
+  if (error == Error::Ok) return error;
+  const std::string op =
+      operator_at(blob_.program, method_->method_meta().name(), temp_->resets() - before - 2);
+  return fail_unless_explained(error,
+                               "nested program: %s refused its arguments with %s (the log says "
+                               "why); run with sizes and indices the model was exported for",
+                               op.c_str(), executorch::runtime::to_string(error));
 }
 
 Error DelegateMethod::reset() {

@@ -3,43 +3,78 @@
 #include <dlfcn.h>
 #include <executorch/runtime/platform/log.h>
 
+#include <charconv>
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
 
+#include "../kernels/cuda/cuda_kernels.h"
 #include "errors.h"
+#include "op_table.h"
 
 namespace cuda_int4 {
 
 using executorch::runtime::Error;
 
-Error make_device(const char* requested, std::unique_ptr<Device>* out) {
-  const char* name = requested;
+namespace {
+
+constexpr char kNames[] = "expected \"auto\", \"cpu\", \"cuda\" or \"cuda:<index>\"";
+
+/// "" where "auto" can be CUDA, else why it is the CPU.
+std::string why_not_cuda(const std::vector<std::string>* ops) {
+  if (cuda_kernels() == nullptr) return "this library was built without CUDA kernels";
+  if (!cuda_gpu_answers()) return "no CUDA driver with a GPU answers";
+  if (ops != nullptr)
+    for (const std::string& op : *ops)
+      if (find_cuda_kernel(op) == nullptr) return "there is no CUDA kernel of " + op;
+  return "";
+}
+
+Error make_auto_device(const DeviceRequest& request, std::unique_ptr<Device>* out) {
+  std::string reason = why_not_cuda(request.ops);
+  if (reason.empty()) {
+    // A GPU too old, or a broken driver: as good as none here, an error for who asks for "cuda".
+    if (make_cuda_device(0, request, out) == Error::Ok) {
+      static std::once_flag said;
+      std::call_once(said, [out] { ET_LOG(Info, "cuda_int4: device auto: %s", (*out)->name()); });
+      return Error::Ok;
+    }
+    reason = last_error();
+    clear_last_error();
+  }
+  static std::once_flag said;
+  std::call_once(said, [&reason] {
+    ET_LOG(Info, "cuda_int4: device auto: the CPU, because %s", reason.c_str());
+  });
+  *out = make_cpu_device();
+  return Error::Ok;
+}
+
+}  // namespace
+
+Error make_device(const DeviceRequest& request, std::unique_ptr<Device>* out) {
+  const char* name = request.name;
   if (name == nullptr || name[0] == 0 || std::strcmp(name, "auto") == 0) {
     name = std::getenv("CUDA_INT4_DEVICE");
     if (name == nullptr || name[0] == 0) name = "auto";
   }
-  if (std::strcmp(name, "auto") == 0) {
-    static const bool logged = [] {
-      ET_LOG(Info, "cuda_int4: device auto: the CPU (this version runs .pte files nowhere else)");
-      return true;
-    }();
-    (void)logged;
-    name = "cpu";
-  }
+  if (std::strcmp(name, "auto") == 0) return make_auto_device(request, out);
   if (std::strcmp(name, "cpu") == 0) {
     *out = make_cpu_device();
     return Error::Ok;
   }
-  if (std::strcmp(name, "cuda") == 0)
-    return fail(
-        Error::NotSupported,
-        "device \"cuda\": cuda_int4 %s runs .pte files on the CPU only; use device \"cpu\" or "
-        "\"auto\"",
-        CUDA_INT4_VERSION);
+  int index = 0;
+  if (std::strncmp(name, "cuda", 4) == 0 && (name[4] == 0 || name[4] == ':')) {
+    const char* end = name + std::strlen(name);
+    const char* digits = name[4] == 0 ? end : name + 5;
+    const auto parsed = std::from_chars(digits, end, index);
+    if (digits == end ? name[4] == 0 : parsed.ec == std::errc() && parsed.ptr == end && index >= 0)
+      return make_cuda_device(index, request, out);
+  }
   return fail(Error::InvalidArgument,
-              "device: expected \"auto\", \"cpu\" or \"cuda\", got \"%s\"; see the device option "
-              "and the environment variable CUDA_INT4_DEVICE",
-              name);
+              "device: %s, got \"%s\"; see the device option and the environment variable "
+              "CUDA_INT4_DEVICE",
+              kNames, name);
 }
 
 bool cuda_gpu_answers() {

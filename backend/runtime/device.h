@@ -2,15 +2,18 @@
 // everything above it (delegate.cpp, constants.cpp) moves bytes and finds kernels through here.
 //
 // Addresses from allocate() are the device's own; only upload, download, copy, zero and kernels may
-// follow them. Work is queued on stream() in order; download waits for it.
+// follow them. Work is queued on stream() in order; what says "async" does not wait for it.
 #pragma once
 
 #include <executorch/runtime/core/error.h>
 #include <executorch/runtime/kernel/operator_registry.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <memory>
+#include <string>
 #include <string_view>
+#include <vector>
 
 #include "../kernels/tensor_view.h"
 
@@ -28,18 +31,54 @@ class Device {
   /// nullptr where there is no such memory. Not zeroed.
   virtual void* allocate(size_t nbytes) = 0;
   virtual void free(void* pointer) = 0;
+  /// Bytes that allocate() could give now; UINT64_MAX where nobody can tell.
+  virtual uint64_t free_bytes() const { return UINT64_MAX; }
+
+  /// Host memory that async transfers read and write without a copy between.
+  virtual void* allocate_host(size_t nbytes) = 0;
+  virtual void free_host(void* pointer) = 0;
+  virtual bool is_from_allocate_host(const void*) const { return true; }
 
   virtual executorch::runtime::Error upload(void* to, const void* host, size_t nbytes) = 0;
   virtual executorch::runtime::Error download(void* host, const void* from, size_t nbytes) = 0;
   virtual executorch::runtime::Error copy(void* to, const void* from, size_t nbytes) = 0;
   virtual executorch::runtime::Error zero(void* to, size_t nbytes) = 0;
+  /// `host` is from allocate_host and stays as it is until synchronize().
+  virtual executorch::runtime::Error upload_async(void* to, const void* host, size_t nbytes) {
+    return upload(to, host, nbytes);
+  }
+  virtual executorch::runtime::Error download_async(void* host, const void* from, size_t nbytes) {
+    return download(host, from, nbytes);
+  }
+  /// Waits for everything queued; an error of any of it comes out here at the latest.
+  virtual executorch::runtime::Error synchronize() { return executorch::runtime::Error::Ok; }
 
-  /// Whether kernels read host memory in place: then constants are borrowed from the mapped file.
+  /// Whether kernels read host memory in place: then constants are borrowed from the mapped file,
+  /// and inputs and outputs are the caller's own memory.
   virtual bool reads_host_memory() const = 0;
   /// cudaStream_t; nullptr on the CPU.
   virtual void* stream() const = 0;
   /// The kernel of an op by its name in the nested program; nullptr where there is none.
   virtual executorch::runtime::OpFunction find_kernel(std::string_view op) const = 0;
+
+ private:
+  friend class DeviceScope;
+  /// Makes this device the calling thread's current one; what was current before comes back.
+  virtual int make_current() const { return -1; }
+  virtual void restore_current(int) const {}
+};
+
+/// The calling thread works on `device` while this lives; then on the one it worked on before.
+class DeviceScope {
+ public:
+  explicit DeviceScope(const Device& device) : device_(device), before_(device.make_current()) {}
+  ~DeviceScope() { device_.restore_current(before_); }
+  DeviceScope(const DeviceScope&) = delete;
+  DeviceScope& operator=(const DeviceScope&) = delete;
+
+ private:
+  const Device& device_;
+  int before_;
 };
 
 std::unique_ptr<Device> make_cpu_device();
@@ -48,10 +87,24 @@ std::unique_ptr<Device> make_cpu_device();
 /// library is linked against none.
 bool cuda_gpu_answers();
 
-/// requested: "auto" | "cpu" | "cuda"; nullptr or "" is "auto". The environment variable
-/// CUDA_INT4_DEVICE takes the place of "auto".
+struct DeviceRequest {
+  /// "auto" | "cpu" | "cuda" | "cuda:<index>"; nullptr or "" is "auto", whose place the environment
+  /// variable CUDA_INT4_DEVICE takes.
+  const char* name = nullptr;
+  /// Names in the nested program: "auto" is CUDA only if that has all of them.
+  const std::vector<std::string>* ops = nullptr;
+  /// On CUDA: the caller's cudaStream_t to queue all work on. Else a stream of the device's own.
+  bool on_callers_stream = false;
+  void* stream = nullptr;
+};
+
 /// @retval NotSupported a device that this build or this machine does not have.
 /// @retval InvalidArgument no such name.
-executorch::runtime::Error make_device(const char* requested, std::unique_ptr<Device>* out);
+executorch::runtime::Error make_device(const DeviceRequest& request, std::unique_ptr<Device>* out);
+
+/// GPU number `index` of the driver. NotSupported, with the reason, where there is none that the
+/// library's kernels run on.
+executorch::runtime::Error make_cuda_device(int index, const DeviceRequest& request,
+                                            std::unique_ptr<Device>* out);
 
 }  // namespace cuda_int4

@@ -266,6 +266,8 @@ void test_temp_arena_settles() {
     DeviceKind kind() const override { return DeviceKind::kCpu; }
     void* allocate(size_t n) override { return ++allocations, cpu->allocate(n); }
     void free(void* p) override { cpu->free(p); }
+    void* allocate_host(size_t n) override { return cpu->allocate_host(n); }
+    void free_host(void* p) override { cpu->free_host(p); }
     Error upload(void* to, const void* from, size_t n) override { return cpu->copy(to, from, n); }
     Error download(void* to, const void* from, size_t n) override { return cpu->copy(to, from, n); }
     Error copy(void* to, const void* from, size_t n) override { return cpu->copy(to, from, n); }
@@ -292,9 +294,11 @@ void test_temp_arena_settles() {
 
 void test_devices() {
   std::unique_ptr<Device> device;
-  CHECK(make_device("cpu", &device) == Error::Ok && device->kind() == DeviceKind::kCpu);
-  CHECK(make_device("cuda", &device) == Error::NotSupported);
-  CHECK(make_device("tpu", &device) == Error::InvalidArgument);
+  for (const char* name : {"tpu", "cuda:", "cuda:x", "cuda:-1", "cuda:0x", "cuda0", "CPU", "cpu:0"})
+    CHECK(make_device({name}, &device) == Error::InvalidArgument);
+  CHECK(make_device({"cuda:1000000"}, &device) == Error::NotSupported);
+  if (!cuda_gpu_answers()) CHECK(make_device({"cuda"}, &device) == Error::NotSupported);
+  CHECK(make_device({"cpu"}, &device) == Error::Ok && device->kind() == DeviceKind::kCpu);
   CHECK(device->find_kernel("cuda_int4::mul.out") != nullptr);
   CHECK(device->find_kernel("cuda_int4::linear.out") != nullptr);
   CHECK(device->find_kernel("aten::sym_size.int") != nullptr);
