@@ -34,6 +34,13 @@ Status validate_linear(const LinearArgs& args);
 uint64_t linear_scratch_bytes(const LinearArgs& args, DeviceKind device);
 Status linear(const LinearArgs& args, const ExecutionContext& context);
 
+// Activation "int8" on CUDA: x [..., K] as the w4a8 kernels read it (quantized_activation.h; M is the
+// number of rows of x). linear() quantises x into its scratch, unless ExecutionContext.quantized_x
+// has it: several linears of one x then share it. K % 32 == 0; `to` is device memory of that many
+// bytes, 16-byte aligned.
+uint64_t quantized_activation_bytes(int64_t M, int64_t K);
+Status quantize_activation(const TensorView& x, void* to, const ExecutionContext& context);
+
 // y = softmax(q @ k.T * scale + mask) @ v, accumulated in float32.
 // q [B, Hq, S, D]; k, v [B, Hkv, T, D] with Hq % Hkv == 0 (grouped queries); y [B, Hq, S, D].
 // float16 | bfloat16 | float32, the last dimension contiguous, other strides free (y contiguous).

@@ -62,7 +62,7 @@ SHAPES = (
 )
 ROWS = (1, 2, 7, 64)
 ZERO_POINTS = ("none", "scale_dtype", "float32")
-INCOMPATIBLE, UNSUPPORTED = 2, 3
+INCOMPATIBLE = 2
 MAX_PRINTED = 40
 NAME = "checked.weight"
 
@@ -209,7 +209,6 @@ class Checker:
         weight, _ = self.weight(8, 64, 32, torch.bfloat16, "none")
         x = torch.randn(1, 64).bfloat16().cuda()
         for keywords, want in (
-            ({"activation": "int8"}, UNSUPPORTED),
             ({"layout_tag": "plain.v1"}, INCOMPATIBLE),
             ({"layout_tag": "coalesced.v2"}, INCOMPATIBLE),
         ):

@@ -4,6 +4,7 @@
 #include "../layouts.h"
 #include "attention.cuh"
 #include "cuda_kernels.h"
+#include "linear_w4a8.cuh"
 #include "matvec_w4a16_coalesced.cuh"
 
 namespace cuda_int4 {
@@ -38,7 +39,8 @@ Status linear_coalesced_w4a16(const LinearArgs& args, const ExecutionContext& co
       args, launch_matvec_w4a16_coalesced(kernel_args, static_cast<cudaStream_t>(context.stream)));
 }
 
-constexpr CudaKernels kKernels = {linear_coalesced_w4a16, &kMathKernels,
+constexpr CudaKernels kKernels = {linear_coalesced_w4a16,       quantize_int8,
+                                  linear_coalesced_w4a8,        &kMathKernels,
                                   cuda_attention_scratch_bytes, cuda_attention};
 
 }  // namespace

@@ -13,6 +13,10 @@ struct CudaKernels {
   // coalesced.v1, activation "none"; arguments have passed validate_linear. Asynchronous: returns
   // when the work is on context.stream.
   Status (*linear_coalesced_w4a16)(const LinearArgs& args, const ExecutionContext& context);
+  // x to quantized_activation.h; x has passed quantize_activation or validate_linear.
+  Status (*quantize_int8)(const TensorView& x, void* to, const ExecutionContext& context);
+  // coalesced.v1, activation "int8"; context.quantized_x holds x.
+  Status (*linear_coalesced_w4a8)(const LinearArgs& args, const ExecutionContext& context);
   const MathKernels* math;  // reductions, norms, products: math_kernels.h
   // Arguments have passed validate_attention; scratch depends on shapes only.
   uint64_t (*attention_scratch_bytes)(const AttentionArgs& args);

@@ -6,7 +6,15 @@
 
 namespace cuda_int4 {
 
-uint64_t cuda_linear_coalesced_scratch_bytes(const LinearArgs&) { return 0; }
+namespace {
+
+bool is_int8(const LinearArgs& args) { return args.activation[0] == 'i'; }
+
+}  // namespace
+
+uint64_t cuda_linear_coalesced_scratch_bytes(const LinearArgs& args) {
+  return is_int8(args) ? quantized_activation_bytes(linear_M(args), linear_K(args)) : 0;
+}
 
 Status cuda_linear_coalesced(const LinearArgs& args, const ExecutionContext& context) {
   const CudaKernels* kernels = cuda_kernels();
@@ -16,12 +24,13 @@ Status cuda_linear_coalesced(const LinearArgs& args, const ExecutionContext& con
                  "use device cpu, or build again with nvcc on the PATH",
                  weight_name(args));
   }
-  if (args.activation[0] == 'i') {
-    return error(
-        StatusCode::kUnsupported,
-        "%.200s: expected activation \"none\" on CUDA, got \"int8\", which runs on the CPU "
-        "only; export with activation=\"none\"",
-        weight_name(args));
+  if (is_int8(args)) {
+    ExecutionContext with_x = context;
+    if (context.quantized_x == nullptr) {
+      CUDA_INT4_RETURN_IF_ERROR(kernels->quantize_int8(args.x, context.scratch, context));
+      with_x.quantized_x = context.scratch;
+    }
+    return kernels->linear_coalesced_w4a8(args, with_x);
   }
   return kernels->linear_coalesced_w4a16(args, context);
 }

@@ -1,0 +1,48 @@
+// w4a8 on CUDA: from arguments to a launcher, and which kernel runs.
+#include "../coalesced.h"
+#include "../layouts.h"
+#include "launch_status.cuh"
+#include "linear_w4a8.cuh"
+#include "quantize_int8.cuh"
+#include "w4a8.cuh"
+
+namespace cuda_int4 {
+
+Status quantize_int8(const TensorView& x, void* to, const ExecutionContext& context) {
+  QuantizeInt8Args args = {};
+  args.x = x.data;
+  args.dtype = x.dtype;
+  args.K = x.sizes[x.ndim - 1];
+  args.M = 1;
+  for (int d = 0; d + 1 < x.ndim; ++d) args.M *= x.sizes[d];
+  args.n_tokens = quantized_tokens(args.M);
+  args.a = static_cast<int8_t*>(to);
+  args.parameter = reinterpret_cast<QuantizedParameter*>(
+      args.a + quantized_parameter_offset_bytes(args.M, args.K));
+  return launch_status("cuda_int4::quantize_activation",
+                       launch_quantize_int8(args, static_cast<cudaStream_t>(context.stream)));
+}
+
+Status linear_coalesced_w4a8(const LinearArgs& args, const ExecutionContext& context) {
+  W4A8Args p = {};
+  p.M = linear_M(args);
+  p.N = linear_N(args);
+  p.K = linear_K(args);
+  p.group_size = args.group_size;
+  p.n_tokens = quantized_tokens(p.M);
+  p.a = static_cast<const int8_t*>(context.quantized_x);
+  p.parameter =
+      reinterpret_cast<const QuantizedParameter*>(p.a + quantized_parameter_offset_bytes(p.M, p.K));
+  p.qdata = static_cast<const uint8_t*>(args.qdata.data);
+  p.scale = args.scale.data;
+  p.zero_point = args.zero_point.present() ? args.zero_point.data : nullptr;
+  p.bias = args.bias.present() ? args.bias.data : nullptr;
+  p.y = args.y.data;
+  p.dtype = args.y.dtype;
+  p.scale_dtype = args.scale.dtype;
+  p.zero_point_dtype = args.zero_point.present() ? args.zero_point.dtype : args.scale.dtype;
+  const cudaStream_t stream = static_cast<cudaStream_t>(context.stream);
+  return launch_status(weight_name(args), launch_matvec_w4a8_coalesced(p, stream));
+}
+
+}  // namespace cuda_int4
