@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../ops.h"
+#include "matmul.h"
 
 namespace cuda_int4 {
 
@@ -10,6 +11,10 @@ struct MathKernels {
   // Arguments have passed validate_rms_norm and validate_silu.
   Status (*rms_norm)(const RmsNormArgs& args, const ExecutionContext& context);
   Status (*silu)(const SiluArgs& args, const ExecutionContext& context);
+
+  // Any real dtype; shapes and strides are the caller's to have checked.
+  uint64_t (*matmul_scratch_bytes)(const MatmulArgs& args);
+  Status (*matmul)(const MatmulArgs& args, const ExecutionContext& context);
 };
 
 extern const MathKernels kMathKernels;  // only in a build with nvcc: go through cuda_kernels()
