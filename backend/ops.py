@@ -48,7 +48,8 @@ _STRUCTS = {
     "rms_norm": _native.RmsNormArgs,
     "silu": _native.SiluArgs,
 }
-_NEEDS_SCRATCH = ("linear", "attention")  # have a *_scratch_bytes in c_api.h
+# The ops that take scratch (c_api.h), and what they take behind it: no quantized_x for linear.
+_NEEDS_SCRATCH: dict[str, tuple] = {"linear": (None,), "attention": ()}
 
 
 def _linear_shape(x: Tensor, qdata: Tensor, scale: Tensor, *_: object) -> list:
@@ -79,8 +80,9 @@ def _run(op: str, args: tuple, out: Tensor) -> Tensor:
     for name, value in zip(_OTHER_ARGS[op], args[n_tensors:], strict=True):
         setattr(struct, name, value.encode() if isinstance(value, str) else value)
     if not out.is_cuda:
-        none = (None, 0) if op in _NEEDS_SCRATCH else ()  # the library's own, from the heap
-        _native.check(getattr(_native.library(), op)(struct, _native.DEVICE_CPU, None, *none))
+        # No scratch: the op takes its own from the heap.
+        rest = (None, 0, *_NEEDS_SCRATCH[op]) if op in _NEEDS_SCRATCH else ()
+        _native.check(getattr(_native.library(), op)(struct, _native.DEVICE_CPU, None, *rest))
     elif out.get_device() == torch.cuda.current_device():
         _run_on_current_device(op, struct, out)
     else:
@@ -106,7 +108,8 @@ def _run_on_current_device(op: str, struct: ctypes.Structure, out: Tensor) -> No
     if nbytes.value:
         scratch = torch.empty(nbytes.value, dtype=torch.uint8, device=out.device)
     pointer = None if scratch is None else scratch.data_ptr()
-    _native.check(getattr(library, op)(struct, _native.DEVICE_CUDA, stream, pointer, nbytes.value))
+    rest = (pointer, nbytes.value, *_NEEDS_SCRATCH[op])
+    _native.check(getattr(library, op)(struct, _native.DEVICE_CUDA, stream, *rest))
 
 
 def _dense(op: str, name: str, tensor: Tensor) -> Tensor:

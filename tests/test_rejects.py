@@ -216,9 +216,11 @@ def test_strides_and_addresses_that_the_kernels_do_not_take():
     ):
         args = linear_args(x, weight, y, **views)
         with pytest.raises(CudaInt4Error) as raised:
-            _native.check(library.linear(ctypes.byref(args), _native.DEVICE_CPU, None, None, 0))
+            _native.check(
+                library.linear(ctypes.byref(args), _native.DEVICE_CPU, None, None, 0, None)
+            )
         assert "proj.weight" in str(raised.value)
         for word in words:
             assert word in str(raised.value)
     args = linear_args(x, weight, y)
-    _native.check(library.linear(ctypes.byref(args), _native.DEVICE_CPU, None, None, 0))
+    _native.check(library.linear(ctypes.byref(args), _native.DEVICE_CPU, None, None, 0, None))

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <vector>
 
+#include "../kernels/checks.h"
 #include "c_api_internal.h"
 #include "checksum.h"
 #include "device.h"
@@ -63,13 +64,15 @@ int32_t eager_scratch_bytes(const ScratchOp<Args>& op, const Args* args, int32_t
 /// `run` validates, and refuses scratch that is too small.
 template <typename Args>
 int32_t eager_op(const ScratchOp<Args>& op, const Args* args, int32_t device, void* stream,
-                 void* scratch, uint64_t scratch_bytes) noexcept {
+                 void* scratch, uint64_t scratch_bytes,
+                 const void* quantized_x = nullptr) noexcept {
   return guarded([&]() -> Error {
     Error invalid = check_call(op.name, args, device);
     if (invalid != Error::Ok) return invalid;
     const bool on_cpu = device == int32_t(DeviceKind::kCpu);
     ExecutionContext context{static_cast<DeviceKind>(device), stream,
                              on_cpu ? &parallel_for : nullptr, scratch, scratch_bytes};
+    context.quantized_x = quantized_x;
     std::vector<uint8_t> own;
     if (on_cpu && scratch == nullptr) {
       invalid = fail(op.validate(*args));
@@ -111,12 +114,28 @@ uint32_t cuda_int4_checksum_continue(uint32_t so_far, const void* data, uint64_t
 }
 
 int32_t cuda_int4_linear(const LinearArgs* args, int32_t device, void* stream, void* scratch,
-                         uint64_t scratch_bytes) {
-  return eager_op(kLinear, args, device, stream, scratch, scratch_bytes);
+                         uint64_t scratch_bytes, const void* quantized_x) {
+  return eager_op(kLinear, args, device, stream, scratch, scratch_bytes, quantized_x);
 }
 
 int32_t cuda_int4_linear_scratch_bytes(const LinearArgs* args, int32_t device, uint64_t* nbytes) {
   return eager_scratch_bytes(kLinear, args, device, nbytes);
+}
+
+int32_t cuda_int4_quantize_activation(const TensorView* x, void* stream, void* to) {
+  return guarded([&]() -> Error {
+    if (x == nullptr || to == nullptr)
+      return fail(Error::InvalidArgument, "cuda_int4::quantize_activation: %s is nullptr",
+                  x == nullptr ? "x" : "to");
+    ExecutionContext context{};
+    context.device = DeviceKind::kCuda;
+    context.stream = stream;
+    return fail(quantize_activation(*x, to, context));
+  });
+}
+
+uint64_t cuda_int4_quantized_activation_bytes(int64_t M, int64_t K) {
+  return M < 0 || K < 0 || M > kMaxDim || K > kMaxDim ? 0 : quantized_activation_bytes(M, K);
 }
 
 int32_t cuda_int4_attention(const AttentionArgs* args, int32_t device, void* stream, void* scratch,

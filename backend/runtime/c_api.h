@@ -40,10 +40,18 @@ CUDA_INT4_API void cuda_int4_keep_log_quiet(void);
 // scratch: memory of that device, 64-byte aligned, of the size that *_scratch_bytes gives for the
 // same arguments, the op's own until the stream has passed it; nullptr where the size is 0. On the
 // CPU nullptr is always right: the op then takes what it needs from the heap.
+// quantized_x: nullptr, or x as cuda_int4_quantize_activation has written it, for a CUDA linear with
+// activation "int8".
 CUDA_INT4_API int32_t cuda_int4_linear(const cuda_int4::LinearArgs* args, int32_t device,
-                                       void* stream, void* scratch, uint64_t scratch_bytes);
+                                       void* stream, void* scratch, uint64_t scratch_bytes,
+                                       const void* quantized_x);
 CUDA_INT4_API int32_t cuda_int4_linear_scratch_bytes(const cuda_int4::LinearArgs* args,
                                                      int32_t device, uint64_t* nbytes);
+// x [..., K] on CUDA, once for all w4a8 linears that read it, into `to`: device memory at a multiple
+// of 16 of as many bytes as the second function says for M rows (0: they are no sizes of an x).
+CUDA_INT4_API int32_t cuda_int4_quantize_activation(const cuda_int4::TensorView* x, void* stream,
+                                                    void* to);
+CUDA_INT4_API uint64_t cuda_int4_quantized_activation_bytes(int64_t M, int64_t K);
 CUDA_INT4_API int32_t cuda_int4_attention(const cuda_int4::AttentionArgs* args, int32_t device,
                                           void* stream, void* scratch, uint64_t scratch_bytes);
 CUDA_INT4_API int32_t cuda_int4_attention_scratch_bytes(const cuda_int4::AttentionArgs* args,

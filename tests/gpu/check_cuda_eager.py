@@ -320,7 +320,7 @@ def check_errors(checker: Checker) -> None:
         *views, cuda_int4._native.tensor_view(y), 32, b"coalesced.v1", b"none", b"w"
     )
     checker.note(
-        library.linear(args, 7, None, None, 0) != 0 and "7" in cuda_int4._native.last_error(),
+        library.linear(args, 7, None, None, 0, None) != 0 and "7" in cuda_int4._native.last_error(),
         "device 7 is not refused",
     )
     torch.cuda.synchronize()
