@@ -8,8 +8,8 @@
 Needs torch with CUDA, nvcc and g++; nothing else (no executorch). Builds backend/kernels into a
 library in a temporary folder, runs every case and prints a line per group of cases and a summary;
 the exit status is 0 if all are right. Inputs are signed and fresh for each case, y lies between
-guards and starts as NaN, scratch starts as NaN and has a guard, keys and values that no query may see
-are NaN. The error may be twice that of torch's attention in the same dtype.
+guards and starts as NaN, scratch starts as NaN and has a guard, keys and values that no query may
+see are NaN. The error may be twice that of torch's attention in the same dtype.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -115,8 +116,9 @@ def run_command(command: list[str]) -> None:
         sys.exit(f"{' '.join(command)}\n{result.stdout}{result.stderr}")
 
 
-def build(folder: Path, gpu_code: str) -> ctypes.CDLL:
-    """Compile backend/kernels with g++ and nvcc, in parallel, and load the library."""
+def build(library: Path, gpu_code: str) -> None:
+    """Compile backend/kernels with g++ and nvcc, in parallel."""
+    folder = library.parent
     nvcc = os.environ.get("NVCC", "nvcc")
     (folder / "shim.cpp").write_text(SHIM)
     sources = [folder / "shim.cpp", *(BACKEND / "kernels").rglob("*.cpp")]
@@ -132,9 +134,7 @@ def build(folder: Path, gpu_code: str) -> ctypes.CDLL:
             commands.append(["g++", "-fPIC", "-Wall", *ISA_FLAGS.get(isa, []), *common])
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(run_command, commands))
-    library = folder / "libkernels.so"
     run_command([nvcc, "-shared", "-cudart", "static", "-o", str(library), *objects, "-ldl"])
-    return ctypes.CDLL(str(library))
 
 
 class Kernel:
@@ -218,7 +218,7 @@ def make_mask(case: Case, generator: random.Random) -> Tensor | None:
 def exact_attention(
     case: Case, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The answer in float64, which (b, h, s, t) are seen, and the mask as torch's attention takes it."""
+    """The answer in float64, which (b, h, s, t) are seen, and the mask as torch takes it."""
     shape = (case.B, case.Hq, case.S, case.T)
     rep = case.Hq // case.Hkv
     seen = torch.ones(shape, dtype=torch.bool, device="cuda")
@@ -344,7 +344,7 @@ class Checker:
 
 def decode_cases() -> list[Case]:
     """Few queries on long caches, as decoders with a cache call it."""
-    cases = []
+    cases: list[Case] = []
     for dtype in DTYPES:
         for D in (64, 80, 96, 128, 256, 512):
             for Hq, Hkv in ((8, 2), (4, 4), (16, 1), (6, 2)):
@@ -363,7 +363,7 @@ def decode_cases() -> list[Case]:
 
 def prefill_cases() -> list[Case]:
     """Many queries: prompts of decoders, and encoders."""
-    cases = []
+    cases: list[Case] = []
     for dtype in DTYPES:
         for D in (64, 80, 96, 128, 256, 512):
             for S, T in ((17, 17), (64, 64), (197, 197), (130, 400), (257, 63)):
@@ -382,7 +382,7 @@ def prefill_cases() -> list[Case]:
 
 def shape_cases() -> list[Case]:
     """Every mask kind x broadcast x pattern x layout, on sizes that nothing divides."""
-    cases = []
+    cases: list[Case] = []
     for S, T, D in ((3, 77, 40), (75, 141, 72)):
         for mask in ("bool", "float"):
             for shape in MASK_SHAPES:
@@ -405,7 +405,7 @@ def shape_cases() -> list[Case]:
 def random_cases(n: int, largest: int, seed: int) -> list[Case]:
     """Anything goes."""
     generator = random.Random(seed)
-    cases = []
+    cases: list[Case] = []
     for _ in range(n):
         Hkv = generator.choice((1, 1, 2, 3))
         cases.append(
@@ -496,14 +496,14 @@ def time_decode(kernel: Kernel) -> None:
         if window:
             mask &= torch.arange(T, device="cuda") >= n_seen - window
         y = torch.empty_like(q)
-        all_args = [kernel.args(q, *cache, mask, y, D**-0.5, False) for cache in caches]
+        all_args: list = [kernel.args(q, *cache, mask, y, D**-0.5, False) for cache in caches]
         n_scratch = kernel.scratch_bytes(all_args[0])
         scratch = torch.empty(n_scratch, dtype=torch.uint8, device="cuda")
-        calls: list = [partial(kernel, args, scratch) for args in all_args]
+        calls = [partial(kernel, args, scratch) for args in all_args]
         ours = microseconds(calls * max(1, 16 // n_copies))
         seen = slice(n_seen - window if window else 0, n_seen)
         # torch reads a cache cut to what is seen: no mask, which it would read the whole cache for.
-        torch_calls: list = [
+        torch_calls = [
             partial(torch_attention, q, *cache[:, :, :, seen], enable_gqa=True) for cache in caches
         ]
         theirs = microseconds(torch_calls * max(1, 16 // n_copies))
@@ -547,7 +547,7 @@ def time_prefill(kernel: Kernel) -> None:
         n_seen = {"causal": causal, "bool": causal, "window": window}.get(kind)
         pairs = S * T if n_seen is None else int(n_seen.sum())
         y = torch.empty_like(q)
-        args = kernel.args(q, k, v, mask, y, D**-0.5, kind == "causal")
+        args: Any = kernel.args(q, k, v, mask, y, D**-0.5, kind == "causal")
         scratch = torch.empty(kernel.scratch_bytes(args), dtype=torch.uint8, device="cuda")
         ours = microseconds([partial(kernel, args, scratch)] * 5)
         options = {"is_causal": kind == "causal", "enable_gqa": Hq != Hkv}
@@ -565,6 +565,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     for option in ("quick", "ptx", "time"):
         parser.add_argument(f"--{option}", action="store_true")
+    parser.add_argument("--library", type=Path, help="built there unless it exists")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit(
@@ -576,7 +577,10 @@ def main() -> int:
     code = "arch=compute_80,code=compute_80" if options.ptx else f"arch=compute_{sm},code=sm_{sm}"
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        kernel = Kernel(build(Path(folder), code))
+        library = options.library or Path(folder, "libkernels.so")
+        if not library.exists():
+            build(library, code)
+        kernel = Kernel(ctypes.CDLL(str(library)))
         checker = Checker(kernel)
         run_all(checker, options.quick)
         if options.time:
