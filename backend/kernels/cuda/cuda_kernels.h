@@ -17,6 +17,9 @@ struct CudaKernels {
   Status (*quantize_int8)(const TensorView& x, void* to, const ExecutionContext& context);
   // coalesced.v1, activation "int8"; context.quantized_x holds x.
   Status (*linear_coalesced_w4a8)(const LinearArgs& args, const ExecutionContext& context);
+  // coalesced.v1, activation "none", x fp16 or bf16: tensor cores.
+  uint64_t (*matmul_w4a16_scratch_bytes)(const LinearArgs& args);
+  Status (*matmul_w4a16)(const LinearArgs& args, const ExecutionContext& context);
   const MathKernels* math;  // reductions, norms, products: math_kernels.h
   // Arguments have passed validate_attention; scratch depends on shapes only.
   uint64_t (*attention_scratch_bytes)(const AttentionArgs& args);

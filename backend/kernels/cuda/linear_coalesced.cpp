@@ -10,10 +10,17 @@ namespace {
 
 bool is_int8(const LinearArgs& args) { return args.activation[0] == 'i'; }
 
+// More rows of x than the mat-vecs are for, in a dtype that tensor cores take.
+bool is_matmul_w4a16(const LinearArgs& args) {
+  return !is_int8(args) && linear_M(args) > 16 && args.x.dtype != DType::kFloat32;
+}
+
 }  // namespace
 
 uint64_t cuda_linear_coalesced_scratch_bytes(const LinearArgs& args) {
-  return is_int8(args) ? quantized_activation_bytes(linear_M(args), linear_K(args)) : 0;
+  if (is_int8(args)) return quantized_activation_bytes(linear_M(args), linear_K(args));
+  if (cuda_kernels() == nullptr || !is_matmul_w4a16(args)) return 0;
+  return cuda_kernels()->matmul_w4a16_scratch_bytes(args);
 }
 
 Status cuda_linear_coalesced(const LinearArgs& args, const ExecutionContext& context) {
@@ -32,6 +39,7 @@ Status cuda_linear_coalesced(const LinearArgs& args, const ExecutionContext& con
     }
     return kernels->linear_coalesced_w4a8(args, with_x);
   }
+  if (is_matmul_w4a16(args)) return kernels->matmul_w4a16(args, context);
   return kernels->linear_coalesced_w4a16(args, context);
 }
 
