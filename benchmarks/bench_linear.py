@@ -1,31 +1,39 @@
-"""Times cuda_int4::linear on the CPU beside what torch has for the same layer, in one run.
+"""Times cuda_int4::linear beside what torch has for the same layer, in one run.
 
     cuda-int4 bench linear                        the shapes and row counts we quote
+    cuda-int4 bench linear --model llama-3-8b --out linear.csv --plot linear.png
     python benchmarks/bench_linear.py --help
 
-Kernels:
+Kernels on the CPU:
     w4a16, w4a8        ours: ``cuda_int4_linear`` with activation "none" and "int8"
     torch_int4         ``torch.ops.aten._weight_int4pack_mm_for_cpu``, bfloat16
     torch_fp32         ``F.linear`` with the same weights in float32
     torch_bf16         ``F.linear`` with the same weights in bfloat16
 
+Kernels on a GPU:
+    w4a16, w4a8        ours; w4a8 quantises x in every call
+    w4a8_quantized_x   ours, x quantised before: what the later linears of one x cost
+    cublas_fp16        ``F.linear`` with the same weights in float16
+    tinygemm           ``torch.ops.aten._weight_int4pack_mm``, bfloat16
+    gemlite            where it is installed
+
 Each kernel's answer is checked first, against float64 with that kernel's own arithmetic; a wrong
 one prints WRONG in place of a time. Weights rotate through several times the last-level cache, so
 each call reads them from memory. The kernels take turns in one loop, so that a disturbance of the
-machine hits all of them. A turn starts with a pause (the previous kernel's thread pool stops
-spinning) and untimed calls for a while: a decode loop calls without a pause, and a scheduler takes
-milliseconds to give a thread that slept a processor of its own.
+machine hits all of them. linear_cuda.py has the GPU's method. On the CPU a turn starts with a
+pause (the previous kernel's thread pool stops spinning) and untimed calls for a while: a decode
+loop calls without a pause, and a scheduler takes milliseconds to give a thread that slept a
+processor of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import ctypes
+import io
 import itertools
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -37,13 +45,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import linear_cuda
+import plot_linear
 from cuda_int4 import _native
+from linear_cuda import KERNELS as CUDA_KERNELS
+from machine import commit_id, cpu_name, last_level_cache_bytes
+from shapes import LINEARS, ROWS
 
-SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))  # N, K
+CPU_SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008)]  # N, K
+CPU_ROWS = (1, 32)
 COLUMNS = (
     "kernel,M,N,K,group_size,us_p10,us_median,us_p90,GB_per_s,peak_fraction,gpu,device,commit"
 ).split(",")
-KERNELS = ("w4a16", "w4a8", "torch_int4", "torch_fp32", "torch_bf16")
+CPU_KERNELS = ("w4a16", "w4a8", "torch_int4", "torch_fp32", "torch_bf16")
 CALLS_PER_TURN = 4
 PAUSE_S = 0.01
 WARM_UP_S = 0.02
@@ -112,11 +126,11 @@ def ours(activation: str, x: Tensor, weight: Weight, rotate_bytes: int) -> Candi
             *views, weight.group_size, b"coalesced.v1", activation.encode(), b"bench"
         )
         kept.append(copy)
-        calls.append(ctypes.byref(args))
+        calls.append(args)
     linear = _native.library().linear
 
     def call(i: int, kept: list[list[Tensor]] = kept) -> Tensor:
-        _native.check(linear(calls[i], _native.DEVICE_CPU, None))
+        _native.check(linear(calls[i], _native.DEVICE_CPU, None, None, 0, None))
         return y
 
     activations = x.double() if activation == "none" else int8_rounded(x)
@@ -212,43 +226,11 @@ def read_bandwidth(rotate_bytes: int) -> float:
     return data.nbytes / min(seconds) / 1e9
 
 
-def last_level_cache_bytes() -> int:
-    """Of CPU 0; 32 MiB where the system does not say."""
-    sizes = [32 << 20]
-    for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = index.read_text().strip()
-        sizes.append(int(text.rstrip("KMG")) << {"K": 10, "M": 20, "G": 30}.get(text[-1], 0))
-    return max(sizes)
-
-
-def cpu_name() -> str:
-    """As /proc/cpuinfo has it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return "cpu"
-    return next((line.split(":")[1].strip() for line in lines if "model name" in line), "cpu")
-
-
-def commit_id() -> str:
-    """Short hash of the checkout, "+" behind it if files differ; empty outside of git."""
-    git = ["git", "-C", str(Path(__file__).resolve().parent)]
-    try:
-        head = subprocess.run(
-            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-        )
-        status = subprocess.run(
-            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return head.stdout.strip() + ("+" if status.stdout.strip() else "")
-
-
 def run(options: argparse.Namespace, out: TextIO) -> bool:
     """Write the table; False if any answer was wrong."""
     rotate_bytes = options.rotate_mb << 20 if options.rotate_mb else 3 * last_level_cache_bytes()
-    device, commit = f"{cpu_name()} x{options.threads}", commit_id()
+    device = f"{cpu_name()} x{options.threads}"
+    commit = options.commit or commit_id()
     peak = read_bandwidth(rotate_bytes)
     print(f"read bandwidth {peak:.1f} GB/s, weights rotate through {rotate_bytes >> 20} MiB",
           file=sys.stderr)  # fmt: skip
@@ -279,35 +261,78 @@ def run(options: argparse.Namespace, out: TextIO) -> bool:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options; ``cuda-int4 bench linear`` has the same."""
-    parser.add_argument("--device", choices=["cpu"], default="cpu", help="where to run")
+    parser.add_argument(
+        "--device",
+        choices=["auto", "cpu", "cuda"],
+        default="auto",
+        help="where to run; auto: cuda where there is a GPU",
+    )
     parser.add_argument(
         "--shape",
         dest="shapes",
         action="append",
         type=shape,
         metavar="N,K",
-        help="repeatable; default: " + " ".join(f"{n},{k}" for n, k in SHAPES),
+        help="repeatable; default: " + " ".join(f"{n},{k}" for n, k in CPU_SHAPES)
+        + "; on a GPU all of --model",
+    )  # fmt: skip
+    parser.add_argument(
+        "--model",
+        dest="models",
+        nargs="+",
+        choices=tuple(LINEARS),
+        default=[],
+        help="time the linears of these models (shapes.py)",
     )
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 32], metavar="M")
+    parser.add_argument(
+        "--rows",
+        type=int,
+        nargs="+",
+        metavar="M",
+        help=f"default: {' '.join(map(str, CPU_ROWS))}; on a GPU {' '.join(map(str, ROWS))}",
+    )
     parser.add_argument(
         "--group-size",
         dest="group_sizes",
         type=int,
         nargs="+",
         default=[32, 128],
-        help="0: one group per row (torch_int4 does not take it)",
+        help="0: one group per row (torch's int4 kernels do not take it)",
     )
-    parser.add_argument("--kernel", dest="kernels", nargs="+", choices=KERNELS, default=KERNELS)
+    parser.add_argument(
+        "--zero-points",
+        choices=["no", "yes", "both"],
+        default="both",
+        help="of the int4 weights, on a GPU; the CPU's have them",
+    )
+    parser.add_argument(
+        "--kernel",
+        dest="kernels",
+        nargs="+",
+        choices=tuple(dict.fromkeys(CPU_KERNELS + CUDA_KERNELS)),
+        help="default: all of the device",
+    )
     parser.add_argument(
         "--dtype",
         choices=["bfloat16", "float16", "float32"],
-        default="bfloat16",
-        help="of x for our kernels",
+        help="of x for our kernels; default: bfloat16, on a GPU float16",
     )
-    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
-    parser.add_argument("--turns", type=int, default=20, help=f"of {CALLS_PER_TURN} calls each")
-    parser.add_argument("--rotate-mb", type=int, default=0, help="default: 3 last-level caches")
+    parser.add_argument(
+        "--threads", type=int, default=min(2, os.cpu_count() or 1), help="of the CPU's kernels"
+    )
+    parser.add_argument(
+        "--turns",
+        type=int,
+        help=f"default: 20 of {CALLS_PER_TURN} calls each; on a GPU 15 replays of a graph",
+    )
+    parser.add_argument(
+        "--rotate-mb", type=int, default=0, help="default: 3 last-level caches; on a GPU 4.2 L2s"
+    )
+    parser.add_argument("--commit", default="", help="to record, where git does not know it")
     parser.add_argument("--out", type=Path, help="CSV file; default: standard output")
+    parser.add_argument(
+        "--plot", type=Path, metavar="PNG", help="draw the GPU's results; needs matplotlib"
+    )
 
 
 def shape(text: str) -> tuple[int, int]:
@@ -319,16 +344,74 @@ def shape(text: str) -> tuple[int, int]:
     return N, K
 
 
+def choose_device(asked: str) -> str:
+    """Resolve "auto", and check that "cuda" is there.
+
+    Raises:
+        ValueError: there is no GPU, or this torch or library was built without CUDA.
+    """
+    missing = [
+        what
+        for what, there in (
+            ("a torch with CUDA and a GPU", torch.cuda.is_available()),
+            ("a libcuda_int4 with CUDA kernels", bool(_native.library().cuda_available())),
+        )
+        if not there
+    ]
+    if asked == "cuda" and missing:
+        raise ValueError(f"bench: --device cuda needs {' and '.join(missing)}; use --device cpu")
+    return "cpu" if asked == "cpu" or missing else "cuda"
+
+
+def fill_in(options: argparse.Namespace) -> None:
+    """The defaults that hang on the device.
+
+    Raises:
+        ValueError: a kernel that the device does not have, or a plot of the CPU's results.
+    """
+    options.device = choose_device(options.device)
+    on_cpu = options.device == "cpu"
+    known = CPU_KERNELS if on_cpu else CUDA_KERNELS
+    options.kernels = options.kernels or known
+    unknown = [name for name in options.kernels if name not in known]
+    if unknown:
+        raise ValueError(
+            f"bench: expected kernels of the {options.device} ({', '.join(known)}), got "
+            f"{', '.join(unknown)}; leave them out, or choose another --device"
+        )
+    if on_cpu and options.plot:
+        raise ValueError("bench: --plot draws a GPU's results, got --device cpu; leave it out")
+    if options.plot:
+        plot_linear.require_matplotlib()
+    models = options.models or ([] if on_cpu or options.shapes else list(LINEARS))
+    options.shapes = (options.shapes or []) + [pair for name in models for pair in LINEARS[name]]
+    options.shapes = list(dict.fromkeys(options.shapes)) or CPU_SHAPES
+    options.rows = options.rows or (CPU_ROWS if on_cpu else ROWS)
+    options.turns = options.turns or (20 if on_cpu else 15)
+    options.dtype = getattr(torch, options.dtype or ("bfloat16" if on_cpu else "float16"))
+    choices = {"no": [False], "yes": [True], "both": [False, True]}
+    options.zero_points = choices[options.zero_points]
+
+
 def command(options: argparse.Namespace) -> int:
     """Run with parsed options; 1 if an answer was wrong."""
-    options.shapes = options.shapes or SHAPES
-    options.dtype = getattr(torch, options.dtype)
-    torch.set_num_threads(options.threads)
-    _native.check(_native.library().set_num_threads(options.threads))
+    fill_in(options)
+    if options.device == "cpu":
+        torch.set_num_threads(options.threads)
+        _native.check(_native.library().set_num_threads(options.threads))
+    measure = run if options.device == "cpu" else linear_cuda.run
     if options.out is None:
-        return 0 if run(options, sys.stdout) else 1
-    with options.out.open("w", newline="") as out:
-        return 0 if run(options, out) else 1
+        text = io.StringIO()
+        all_right = measure(options, text if options.plot else sys.stdout)
+        print(text.getvalue(), end="")
+        table: Path | io.StringIO = text
+    else:
+        table = options.out
+        with options.out.open("w", newline="") as out:
+            all_right = measure(options, out)
+    if options.plot:
+        plot_linear.draw(table, options.plot)
+    return 0 if all_right else 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:

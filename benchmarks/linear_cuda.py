@@ -1,0 +1,379 @@
+"""The GPU half of bench_linear: each kernel in a CUDA graph of its own, all in one process.
+
+Weights rotate through several times the L2, so every call reads them from memory. Each candidate is
+one CUDA graph of enough calls to go once around its copies; the candidates take turns replaying
+theirs, so that a change of clock hits all of them; the median over the turns is what counts. Before
+each timed replay the stream is kept busy for a moment, so that the launch of the graph itself is
+over when the clock starts.
+
+Bytes are those of the weight's parts, x and y, each once. The speed of light of a case is the
+longer of bytes / read ceiling and 2 M N K / matmul ceiling, both measured in the same process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TextIO
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cuda_int4 import _native
+from machine import command_line, commit_id, driver_version
+
+KERNELS = ("w4a16", "w4a8", "w4a8_quantized_x", "cublas_fp16", "tinygemm", "gemlite")
+# The first columns are those of the CPU's table.
+COLUMNS = (
+    "kernel,M,N,K,group_size,us_p10,us_median,us_p90,GB_per_s,peak_fraction,gpu,commit,"
+    "zero_points,bus_fraction,light_fraction,relative_error"
+).split(",")
+BUS_BYTES_PER_S = 4.3e12  # of an H200, the figure that shares are quoted against
+ROTATE_L2S = 4.2
+MIN_CALLS = 16
+TINYGEMM_MAX_ROWS = 256  # beyond, a call takes tens of milliseconds
+TINYGEMM_INNER_K_TILES = 8
+BUSY_CYCLES = 60_000  # about 30 us: longer than the launch of a graph
+
+
+@dataclass
+class Weight:
+    """One int4 weight on the GPU: codes 0..15 [N, K], scale and zero point [N, n_groups]."""
+
+    codes: Tensor
+    scale: Tensor  # float16, and exact in bfloat16
+    zero_point: Tensor | None  # whole numbers; None: 8
+    group_size: int
+
+    def dequantize(self) -> Tensor:
+        """The definition, in float64."""
+        scale = self.scale.double().repeat_interleave(self.group_size, 1)
+        if self.zero_point is None:
+            return (self.codes.double() - 8) * scale
+        return (
+            self.codes.double() - self.zero_point.double().repeat_interleave(self.group_size, 1)
+        ) * scale
+
+
+def make_weight(N: int, K: int, group_size: int, zero_points: bool) -> Weight:
+    """Codes, scales and zero points that differ everywhere."""
+    generator = torch.Generator("cuda").manual_seed(N + K)
+    shape = (N, K // group_size)
+    codes = torch.randint(0, 16, (N, K), dtype=torch.uint8, device="cuda", generator=generator)
+    scale = torch.rand(shape, device="cuda", generator=generator) * 0.02 + 0.002
+    zero_point = torch.randint(4, 12, shape, device="cuda", generator=generator).half()
+    return Weight(codes, scale.bfloat16().half(), zero_point if zero_points else None, group_size)
+
+
+@dataclass
+class Candidate:
+    """A kernel with copies of its weight: ``call(i)`` queues the one that reads copy i."""
+
+    name: str
+    group_size: int | None
+    zero_points: bool | None
+    call: Callable[[int], Tensor]
+    n_copies: int
+    bytes_moved: int
+    exact: Tensor
+    tolerance: float
+    error: float = float("nan")
+    graph: torch.cuda.CUDAGraph | None = None
+    n_calls: int = 0
+
+    def is_right(self) -> bool:
+        """Relative Frobenius error of every copy's answer within the tolerance."""
+        norm = self.exact.norm()
+        errors = [
+            float((self.call(i).double() - self.exact).norm() / norm) for i in range(self.n_copies)
+        ]
+        self.error = max(errors)
+        return all(error <= self.tolerance for error in errors)
+
+    def capture(self) -> None:
+        """Record the graph: whole rounds over the copies, at least MIN_CALLS calls."""
+        self.n_calls = -(-MIN_CALLS // self.n_copies) * self.n_copies
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for i in range(self.n_calls):
+                self.call(i % self.n_copies)
+        self.graph = graph
+
+
+def copies_for(nbytes: int, rotate_bytes: int) -> int:
+    """How many copies of a weight together pass ``rotate_bytes``, at least 2."""
+    return max(2, -(-rotate_bytes // nbytes))
+
+
+def int8_rounded(x: Tensor) -> Tensor:
+    """X as w4a8 sees it, in float64: per 32 values, max|x| / 127 times an int8."""
+    groups = x.float().unflatten(-1, (-1, 32))
+    step = groups.abs().amax(-1, keepdim=True) / 127
+    codes = torch.where(step > 0, (groups / step).round().clamp(-127, 127), 0)
+    return (codes.double() * step.double()).flatten(-2)
+
+
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    """Frobenius, against float64."""
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+def ours(name: str, x: Tensor, weight: Weight, dense: Tensor, rotate_bytes: int) -> Candidate:
+    """``cuda_int4_linear`` through ctypes; arguments, scratch and output made once.
+
+    "w4a8" quantises x in every call; "w4a8_quantized_x" leaves that to what comes before.
+    """
+    library = _native.library()
+    activation = b"none" if name == "w4a16" else b"int8"
+    qdata = weight.codes[:, ::2] | (weight.codes[:, 1::2] << 4)
+    parts = [part for part in (qdata, weight.scale, weight.zero_point) if part is not None]
+    nbytes = sum(part.nbytes for part in parts)
+    y = torch.full((x.shape[0], qdata.shape[0]), float("nan"), dtype=x.dtype, device="cuda")
+    quantized = torch.empty(0, dtype=torch.uint8, device="cuda")
+    moved = nbytes + x.nbytes + y.nbytes
+    if name == "w4a8_quantized_x":
+        needed = library.quantized_activation_bytes(*x.shape)
+        quantized = torch.empty(needed, dtype=torch.uint8, device="cuda")
+        stream = torch.cuda.current_stream().cuda_stream
+        _native.check(
+            library.quantize_activation(_native.tensor_view(x), stream, quantized.data_ptr())
+        )
+        moved += needed - x.nbytes
+    scratch = torch.empty(0, dtype=torch.uint8, device="cuda")
+    calls = []
+    for _ in range(copies_for(nbytes, rotate_bytes)):
+        copy = [part.clone() for part in parts]
+        views = [*copy, None][:3]
+        tensors = (x, *views, None, None, y)
+        args = _native.LinearArgs(
+            *map(_native.tensor_view, tensors), weight.group_size, b"coalesced.v1", activation,
+            b"bench",
+        )  # fmt: skip
+        calls.append((args, copy))
+    size = _native.c_uint64()
+    _native.check(library.linear_scratch_bytes(calls[0][0], _native.DEVICE_CUDA, size))
+    if size.value:
+        scratch = torch.empty(size.value, dtype=torch.uint8, device="cuda")
+
+    def call(i: int) -> Tensor:
+        stream = torch.cuda.current_stream().cuda_stream
+        code = library.linear(
+            calls[i][0], _native.DEVICE_CUDA, stream, scratch.data_ptr() or None, scratch.nbytes,
+            quantized.data_ptr() or None,
+        )  # fmt: skip
+        _native.check(code)
+        return y
+
+    if activation == b"none":
+        exact = x.double() @ dense.T
+        plain = relative_error(F.linear(x, dense.to(x.dtype)), exact)
+        tolerance = 2 * plain  # of the product of the dequantised weight, rounded to x's dtype
+    else:
+        exact = int8_rounded(x) @ dense.T
+        tolerance = 1.2 * relative_error(exact.to(x.dtype), exact)
+    return Candidate(
+        name, weight.group_size, weight.zero_point is not None, call, len(calls), moved, exact,
+        tolerance,
+    )  # fmt: skip
+
+
+def cublas(x: Tensor, dense: Tensor, rotate_bytes: int) -> Candidate:
+    """F.linear in float16."""
+    x, weight = x.half(), dense.half()
+    copies = [weight.clone() for _ in range(copies_for(weight.nbytes, rotate_bytes))]
+    moved = weight.nbytes + x.nbytes + x.shape[0] * weight.shape[0] * 2
+    exact = x.double() @ weight.double().T
+    return Candidate(
+        "cublas_fp16", None, None, lambda i: F.linear(x, copies[i]), len(copies), moved, exact, 2e-3
+    )
+
+
+def tinygemm(x: Tensor, weight: Weight, dense: Tensor, rotate_bytes: int) -> Candidate:
+    """``_weight_int4pack_mm``: bfloat16, w = (q - 8) * scale + zero."""
+    packed = torch.ops.aten._convert_weight_to_int4pack(
+        (weight.codes[:, ::2] << 4) | weight.codes[:, 1::2], TINYGEMM_INNER_K_TILES
+    )
+    zero = torch.zeros_like(weight.scale) if weight.zero_point is None else 8 - weight.zero_point
+    scale_and_zero = torch.stack([weight.scale, zero * weight.scale], -1).transpose(0, 1)
+    parts = (packed, scale_and_zero.bfloat16().contiguous())
+    nbytes = sum(part.nbytes for part in parts)
+    copies = [[p.clone() for p in parts] for _ in range(copies_for(nbytes, rotate_bytes))]
+    x = x.bfloat16()
+
+    def call(i: int) -> Tensor:
+        packed, scale_and_zero = copies[i]
+        return torch.ops.aten._weight_int4pack_mm(x, packed, weight.group_size, scale_and_zero)
+
+    moved = nbytes + x.nbytes + x.shape[0] * weight.codes.shape[0] * 2
+    exact = x.double() @ dense.T
+    has_zero_points = weight.zero_point is not None
+    return Candidate(
+        "tinygemm", weight.group_size, has_zero_points, call, len(copies), moved, exact, 1e-2
+    )
+
+
+def gemlite(x: Tensor, weight: Weight, dense: Tensor, rotate_bytes: int) -> Candidate:
+    """GemLite's weight-only kernels in float16, with its own tuning."""
+    from gemlite.helper import A16W4_HQQ_INT  # type: ignore[import-not-found]
+
+    zero = weight.zero_point
+    zero = torch.full_like(weight.scale, 8) if zero is None else zero
+    nbytes = weight.codes.numel() // 2 + weight.scale.nbytes + zero.nbytes
+    layers = [
+        A16W4_HQQ_INT(device="cuda:0", dtype=torch.float16).from_weights(
+            weight.codes.clone(), weight.scale.clone(), zero.clone()
+        )
+        for _ in range(copies_for(nbytes, rotate_bytes))
+    ]
+    x = x.half()
+    moved = nbytes + x.nbytes + x.shape[0] * weight.codes.shape[0] * 2
+    exact = x.double() @ dense.T
+    has_zero_points = weight.zero_point is not None
+    return Candidate(
+        "gemlite", weight.group_size, has_zero_points, lambda i: layers[i](x), len(layers), moved,
+        exact, 1e-2,
+    )  # fmt: skip
+
+
+def candidates_for(
+    names: Sequence[str], x: Tensor, weight: Weight, dense: Tensor, rotate_bytes: int
+) -> Iterator[Candidate]:
+    """Those that read int4, on one weight."""
+    for name in names:
+        if name == "tinygemm" and x.shape[0] <= TINYGEMM_MAX_ROWS:
+            yield tinygemm(x, weight, dense, rotate_bytes)
+        elif name == "gemlite":
+            yield gemlite(x, weight, dense, rotate_bytes)
+        elif name.startswith("w4"):
+            yield ours(name, x, weight, dense, rotate_bytes)
+
+
+def time_turns(candidates: Sequence[Candidate], turns: int) -> list[list[float]]:
+    """Microseconds a call in each turn, per candidate; two turns before are not counted."""
+    times: list[list[float]] = [[] for _ in candidates]
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for turn in range(turns + 2):
+        for candidate, measured in zip(candidates, times, strict=True):
+            assert candidate.graph is not None
+            torch.cuda._sleep(BUSY_CYCLES)
+            start.record()
+            candidate.graph.replay()
+            end.record()
+            end.synchronize()
+            if turn >= 2:
+                measured.append(start.elapsed_time(end) * 1e3 / candidate.n_calls)
+    return times
+
+
+def best_time_s(call: Callable[[], object], n: int = 10) -> float:
+    """Seconds of the quickest of ``n`` calls."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    best = float("inf")
+    for _ in range(n):
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        best = min(best, start.elapsed_time(end) / 1e3)
+    return best
+
+
+def read_ceiling() -> float:
+    """Bytes a second of ``torch.max`` over 1 GiB, the quickest dtype."""
+    rates = []
+    for dtype in (torch.int8, torch.float16, torch.float32):
+        data = torch.zeros((1 << 30) // dtype.itemsize, dtype=dtype, device="cuda")
+        rates.append(data.nbytes / best_time_s(lambda data=data: torch.max(data)))
+    return max(rates)
+
+
+def matmul_ceiling() -> float:
+    """Multiply-adds times two, a second, of a large float16 product by cuBLAS."""
+    a, b = (torch.randn(8192, 8192, dtype=torch.float16, device="cuda") for _ in range(2))
+    return 2 * 8192**3 / best_time_s(lambda: a @ b)
+
+
+def available(kernels: Sequence[str]) -> list[str]:
+    """The kernels that can run here; the others are named on stderr."""
+    import importlib.util
+
+    if "gemlite" in kernels and importlib.util.find_spec("gemlite") is None:
+        print("gemlite is not installed: left out", file=sys.stderr)
+        kernels = [name for name in kernels if name != "gemlite"]
+    return list(kernels)
+
+
+def run(options: argparse.Namespace, out: TextIO) -> bool:
+    """Write the table; False if any answer was wrong."""
+    gpu = torch.cuda.get_device_name()
+    l2_bytes = torch.cuda.get_device_properties().L2_cache_size
+    rotate_bytes = options.rotate_mb << 20 if options.rotate_mb else int(ROTATE_L2S * l2_bytes)
+    commit = options.commit or commit_id()
+    kernels = available(options.kernels)
+    ceiling, compute = read_ceiling(), matmul_ceiling()
+    for line in (
+        f"# {gpu}, driver {driver_version()}, torch {torch.__version__}, "
+        f"CUDA {torch.version.cuda}, commit {commit}",
+        f"# command: {command_line()}",
+        f"# read ceiling {ceiling / 1e12:.3f} TB/s (torch.max over 1 GiB), fp16 matmul ceiling "
+        f"{compute / 1e12:.0f} TFLOP/s, L2 {l2_bytes >> 20} MiB, weights rotate through "
+        f"{rotate_bytes >> 20} MiB",
+    ):
+        print(line, file=sys.stderr)
+        out.write(line + "\n")
+    table = csv.writer(out, lineterminator="\n")
+    table.writerow(COLUMNS)
+    all_right = True
+    for (N, K), M in itertools.product(options.shapes, options.rows):
+        x = torch.randn(M, K, generator=torch.Generator().manual_seed(M)).to(options.dtype).cuda()
+        candidates: list[Candidate] = []
+        dense: Tensor | None = None
+        for group_size, zero_points in itertools.product(options.group_sizes, options.zero_points):
+            weight = make_weight(N, K, group_size or K, zero_points)
+            dense = weight.dequantize()
+            candidates += candidates_for(kernels, x, weight, dense, rotate_bytes)
+        if "cublas_fp16" in kernels and dense is not None:
+            candidates.append(cublas(x, dense, rotate_bytes))
+        del dense
+        right = [candidate.is_right() for candidate in candidates]
+        timed = [c for c, is_right in zip(candidates, right, strict=True) if is_right]
+        for candidate in timed:
+            candidate.capture()
+        times = iter(time_turns(timed, options.turns))
+        for candidate, is_right in zip(candidates, right, strict=True):
+            zeros = "" if candidate.zero_points is None else int(candidate.zero_points)
+            case = [candidate.name, M, N, K, candidate.group_size or ""]
+            error = f"{candidate.error:.2e}"
+            if not is_right:
+                all_right = False
+                numbers = ["WRONG"] * 3 + ["", ""]
+                table.writerow([*case, *numbers, gpu, commit, zeros, "", "", error])
+                continue
+            measured = next(times)
+            tenths, median = statistics.quantiles(measured, n=10), statistics.median(measured)
+            rate = candidate.bytes_moved / median * 1e6
+            light_us = 1e6 * max(candidate.bytes_moved / ceiling, 2 * M * N * K / compute)
+            table.writerow(
+                [
+                    *case,
+                    *(f"{us:.2f}" for us in (tenths[0], median, tenths[8])),
+                    f"{rate / 1e9:.1f}",
+                    f"{rate / ceiling:.3f}",
+                    gpu,
+                    commit,
+                    zeros,
+                    f"{rate / BUS_BYTES_PER_S:.3f}",
+                    f"{light_us / median:.3f}",
+                    error,
+                ]
+            )
+        out.flush()
+        del candidates, timed
+        torch.cuda.empty_cache()
+    return all_right
