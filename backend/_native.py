@@ -33,6 +33,8 @@ from typing import Any
 
 MAX_DIMS = 8
 DEVICE_CPU, DEVICE_CUDA = 0, 1
+DEVICES = ("cpu", "cuda")  # their names, by number
+EXPORT_DEVICES = ("cpu",)  # those that a file is made for unless the caller says otherwise
 
 # torch dtype (by name) -> number of torch::ScalarType, as in kernels/tensor_view.h.
 DTYPE_NUMBERS = {
@@ -417,8 +419,10 @@ def tensor_view(tensor: Any) -> TensorView:
 
 __all__ = [
     "DEVICE_CPU",
+    "DEVICES",
     "DEVICE_CUDA",
     "DTYPE_NUMBERS",
+    "EXPORT_DEVICES",
     "AttentionArgs",
     "CudaInt4Error",
     "DecodeInfo",

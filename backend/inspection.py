@@ -8,11 +8,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ._native import checksum
+from ._native import DEVICES, checksum, supported_ops
 from .blob import ConstantRecord, DelegateBlob, LinearRecord, is_blob, unpack_blob
+from .nested_program import nested_name
 from .pte_file import ExecutorchFile, parse_program
 
 _BACKEND_ID = "CudaInt4Backend"
+_SPECS = ("layout", "activation", "external_weights", "devices")
 _WEIGHT_PARTS = ("qdata", "scale", "zero_point", "meta")
 
 
@@ -28,12 +30,13 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
         - ``path``, ``nbytes``, ``seal`` (``"valid"`` or ``"none"``: not written by this package)
         - ``methods``: names, and ``constant_methods``: values by name
         - ``delegates``: per delegate ``method``, ``nbytes``, ``layout``, ``activation``,
-          ``external_weights``
+          ``external_weights``, ``devices`` (those that it was exported for)
         - ``weights``: per int4 weight ``name``, ``N``, ``K``, ``group_size``, ``layout_tag``,
           ``activation``, ``zero_point`` and ``bias`` (whether it has one), ``nbytes`` (without the
           bias), ``bits_per_weight``, ``keys`` (of its parts in the named data), ``delegate``
         - ``constants``: per constant ``name``, ``key``, ``dtype``, ``sizes``, ``nbytes``, ``file``
         - ``ops``: calls inside the delegates, by name; ``outside_ops``: calls outside
+        - ``devices``: per device the ops inside the delegates that this build lacks there
         - ``outside``: per node left outside ``node``, ``op``, ``reason``
         - ``data_files``: per ``.ptd`` found ``path``, ``nbytes``, ``seal``
 
@@ -83,6 +86,10 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
             _open_data_file(file, specs.get("external_weights", ""), data, views, summary)
             _add_delegate(summary, number, method, blob, specs, data, views)
         summary["ops"] = dict(sorted(summary["ops"].items()))
+        summary["devices"] = {
+            device: sorted(set(summary["ops"]) - {nested_name(op) for op in supported_ops(device)})
+            for device in DEVICES
+        }
         return summary
 
 
@@ -141,7 +148,7 @@ def _add_delegate(
         {
             "method": method,
             "nbytes": len(blob.program),
-            **{key: specs.get(key, "") for key in ("layout", "activation", "external_weights")},
+            **{key: specs.get(key, "") for key in _SPECS},
         }
     )
     for constant in blob.constants:

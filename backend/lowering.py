@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from executorch.exir import ExecutorchProgramManager, to_edge_transform_and_lower
 from torch import nn
 
+from ._native import EXPORT_DEVICES
 from .partitioner import CudaInt4Partitioner
 from .preprocess import check_constants
 from .progress import progress
@@ -34,6 +36,7 @@ def export(
     activation: str = "none",
     constant_methods: dict[str, Any] | None = None,
     external_weights: bool = False,
+    devices: Sequence[str] = EXPORT_DEVICES,
 ) -> Path:
     """Write a model with int4 weights as a ``.pte``; returns its path.
 
@@ -56,6 +59,7 @@ def export(
         constant_methods: values that the program returns by name, such as
             ``{"get_max_seq_len": 2048}``.
         external_weights: put all constants into ``<path without .pte>.ptd``.
+        devices: where the file is to run; see :class:`CudaInt4Partitioner`.
 
     Raises:
         ValueError: an int4 weight that cannot be honoured, a tensor without data, or a mutated
@@ -74,6 +78,7 @@ def export(
         layout=layout,
         activation=activation,
         external_weights=target.stem if external_weights else None,
+        devices=devices,
     )
     training = [module for module in model.modules() if module.training]
     with progress(f"export {target.name}", _STEPS) as advance, torch.no_grad():

@@ -1,9 +1,10 @@
 """``CudaInt4Partitioner``: chooses what goes into the delegate, and says what does not and why.
 
-A node goes in when libcuda_int4 has a kernel for it (``_native.supported_ops``), or when a pass
-turns it into one that has. An int4 linear that cannot be honoured is an error: computing it outside
-would need its dense weight. Any other node without a kernel stays outside, on ExecuTorch's own CPU
-kernels, and its reason is logged, kept in ``report`` and written into the blob's compile specs.
+A node goes in when libcuda_int4 has a kernel for it on each of ``devices``
+(``_native.supported_ops``), or when a pass turns it into one that has. An int4 linear that cannot
+be honoured is an error: computing it outside would need its dense weight. Any other node without a
+kernel stays outside, on ExecuTorch's own CPU kernels, and its reason is logged, kept in ``report``
+and written into the blob's compile specs.
 
 Private APIs of executorch 1.5.1 used here: ``EdgeOpOverload.to_out_variant``,
 ``_PYTHON_SYM_OPS_TO_EXECUTORCH_SYM_OPS``.
@@ -14,7 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from executorch.exir.backend.partitioner import (
@@ -32,7 +33,7 @@ from torch.fx import Node
 from torch.fx.passes.infra.partitioner import CapabilityBasedPartitioner
 from torch.fx.passes.operator_support import OperatorSupportBase
 
-from ._native import DTYPE_NUMBERS, supported_ops
+from ._native import DTYPE_NUMBERS, EXPORT_DEVICES, supported_ops
 from .layouts import ACTIVATIONS, choose_layout
 from .nested_program import operator_name
 from .passes import resolve_attention, resolve_dim_order, resolve_rms_norm, resolve_silu
@@ -79,13 +80,15 @@ class CudaInt4Partitioner(Partitioner):
         layout: order of the int4 weights in memory: ``"auto"``, a layout's name, or a full tag.
         activation: ``"none"`` (w4a16), or ``"int8"`` (w4a8) for all int4 linears.
         external_weights: name of the ``.ptd`` that the constants go to; None: into the ``.pte``.
+        devices: where the file is to run, of ``"cpu"`` and ``"cuda"``: a node goes in if each of
+            them has a kernel for it. No GPU is needed for that.
 
     Attributes:
         report: what the last ``partition`` left outside: dicts of ``node``, ``op`` and ``reason``.
 
     Raises:
-        ValueError: an unknown layout or activation; from ``partition``, an int4 linear that cannot
-            be honoured.
+        ValueError: an unknown layout, activation or device; from ``partition``, an int4 linear that
+            cannot be honoured.
     """
 
     def __init__(
@@ -94,6 +97,7 @@ class CudaInt4Partitioner(Partitioner):
         layout: str = "auto",
         activation: str = "none",
         external_weights: str | None = None,
+        devices: Sequence[str] = EXPORT_DEVICES,
     ):
         super().__init__()
         choose_layout(layout, 1, 32, 32)  # refuses a name that no layout has
@@ -102,6 +106,14 @@ class CudaInt4Partitioner(Partitioner):
                 f"CudaInt4Partitioner: expected activation in {ACTIVATIONS}, got {activation!r}; "
                 "'none' is w4a16, 'int8' is w4a8"
             )
+        if isinstance(devices, str) or not devices:
+            raise ValueError(
+                f"CudaInt4Partitioner: expected devices such as {EXPORT_DEVICES}, got {devices!r}; "
+                "name each device that the file is to run on"
+            )
+        for device in devices:
+            supported_ops(device)  # refuses a name that is no device
+        self.devices = tuple(devices)
         self.layout = layout
         self.activation = activation
         self.external_weights = external_weights
@@ -113,6 +125,7 @@ class CudaInt4Partitioner(Partitioner):
             layout=self.layout,
             activation=self.activation,
             external_weights=self.external_weights or "",
+            devices=",".join(self.devices),
             outside=json.dumps(self.report),
         )
 
@@ -125,7 +138,7 @@ class CudaInt4Partitioner(Partitioner):
         applies filters by renaming ops, which costs views their strides, so one is returned only
         where some uses must decompose and others must not.
         """
-        support = _Support(ep)
+        support = _Support(ep, self.devices)
         kept: list[torch._ops.OpOverload] = []
         mixed = False
         for op in (aten.linear.default, *_COMPOSITE):
@@ -138,7 +151,7 @@ class CudaInt4Partitioner(Partitioner):
     def partition(self, exported_program: ExportedProgram) -> PartitionResult:
         """Tag the nodes that go into the delegate; called by ExecuTorch."""
         _refuse_int4_that_cannot_be_honoured(exported_program)
-        support = _Support(exported_program)
+        support = _Support(exported_program, self.devices)
         tags: dict[str, DelegationSpec] = {}
         groups = _propose(exported_program, support)
         for index, nodes in enumerate(groups):
@@ -164,9 +177,9 @@ class CudaInt4Partitioner(Partitioner):
 class _Support(OperatorSupportBase):
     """Which nodes the delegate takes, and the reason for each that it does not."""
 
-    def __init__(self, program: ExportedProgram):
+    def __init__(self, program: ExportedProgram, devices: Sequence[str]):
         self.program = program
-        self.known = supported_ops()
+        self.known = {device: supported_ops(device) for device in devices}
         self.reasons: dict[Node, str] = {}
 
     def is_node_supported(self, submodules: object, node: Node) -> bool:
@@ -210,7 +223,7 @@ class _Support(OperatorSupportBase):
         if foreign is not None:
             return foreign
         op = resolve_dim_order.plain_op(node) or op
-        if op in _EMITTED_AS and _EMITTED_AS[op] in self.known:
+        if op in _EMITTED_AS and self._lookup(_EMITTED_AS[op]) is None:
             return None
         if op in _EMITTED_AS and op is not aten.view_copy.default:
             return self._lookup(_EMITTED_AS[op])
@@ -223,7 +236,8 @@ class _Support(OperatorSupportBase):
         return missing and (reason or missing)
 
     def _lookup(self, name: str) -> str | None:
-        return None if name in self.known else f"libcuda_int4 has no kernel for {name}"
+        lacking = [device for device, ops in self.known.items() if name not in ops]
+        return f"libcuda_int4 has no kernel for {name} on {', '.join(lacking)}" if lacking else None
 
 
 def _foreign_tensor(node: Node) -> str | None:

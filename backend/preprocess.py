@@ -87,7 +87,7 @@ class CudaInt4Backend(BackendDetails):
         )
         linears = _linears(program)
         nested = emit_nested_program(program)
-        _check_ops(nested.ops)
+        _check_ops(nested.ops, specs["devices"].split(","))
         program.state_dict.clear()  # the constants are bytes by now; nobody else has this program
         program.constants.clear()
         return PreprocessResult(
@@ -186,10 +186,10 @@ def _named_data(nested: NestedProgram, external_tag: str | None) -> NamedDataSto
     return store
 
 
-def _check_ops(ops: Sequence[str]) -> None:
-    """What the emitter made of the graph must still be within the runtime's table."""
-    known = {nested_name(op) for op in supported_ops()}
-    missing = sorted(op for op in ops if op not in known)
+def _check_ops(ops: Sequence[str], devices: Sequence[str]) -> None:
+    """What the emitter made of the graph must still be within the runtime's tables."""
+    tables = [{nested_name(op) for op in supported_ops(device)} for device in devices]
+    missing = sorted(op for op in ops if not all(op in table for table in tables))
     if missing:
         raise NotImplementedError(
             f"CudaInt4Backend: expected ops of the runtime's table, got {', '.join(missing)} from "

@@ -115,10 +115,15 @@ def test_export_then_inspect(script, tmp_path):
               1  cuda_int4::gelu.out
               2  cuda_int4::linear.out
 
+        on cpu: every op
+
         outside the delegate: nothing
         """
     shown = re.sub(r"^.*: [0-9.]+ MB,", "SIZE,", text.stdout, count=1)
-    shown = "\n".join(line for line in shown.splitlines() if "sym_size" not in line) + "\n"
+    shown = (
+        "\n".join(line for line in shown.splitlines() if not re.search("sym_size|on cuda", line))
+        + "\n"
+    )
     assert shown.split() == textwrap.dedent(expected).split()
     assert json.loads(run("inspect", out, "--json").stdout) == cuda_int4.inspect(out)
 

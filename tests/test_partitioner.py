@@ -16,6 +16,8 @@ from torch.export import Dim
 import cases
 import graphs
 import language_models
+from cuda_int4 import _native
+from cuda_int4 import partitioner as partitioner_module
 from cuda_int4.blob import unpack_blob
 from cuda_int4.lowering import save
 from cuda_int4.model import load
@@ -141,21 +143,61 @@ def test_a_node_without_a_kernel_stays_outside_with_its_reason(whole, caplog, tm
         report(partitioner),
         """\
 aten__pdist_forward_default: aten._pdist_forward.default: libcuda_int4 has no kernel for
-    aten::_pdist_forward.out""",
+    aten::_pdist_forward.out on cpu""",
     )
     assert_expected_inline(
         folded(*caplog.messages),
         """\
 1 x aten._pdist_forward.default outside the delegate: libcuda_int4 has no kernel for
-    aten::_pdist_forward.out""",
+    aten::_pdist_forward.out on cpu""",
     )
     first, second = delegates(manager)
     for delegate in (first, second):
         specs = decode_specs(delegate.compile_specs)
         assert json.loads(specs.pop("outside")) == partitioner.report
-        assert specs == {"layout": "auto", "activation": "none", "external_weights": ""}
+        assert specs == {
+            "layout": "auto",
+            "activation": "none",
+            "external_weights": "",
+            "devices": "cpu",
+        }
     assert [len(blob.linears) for blob in blobs(manager)] == [1, 1]
     assert_runs_like_eager(manager, model, X, tmp_path=tmp_path)
+
+
+class Flips(nn.Module):
+    """Two linears with a flip between them."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.a, self.b = graphs.Linear(weight), graphs.Linear(weight)
+
+    def forward(self, x):
+        """Rows in reverse between the linears."""
+        return self.b(self.a(x).flip(0))
+
+
+def test_a_node_goes_in_if_every_device_has_its_kernel(monkeypatch, tmp_path):
+    tables = {device: _native.supported_ops(device) for device in _native.DEVICES}
+    tables["cuda"] = (tables["cpu"] | tables["cuda"]) - {"aten::flip.out"}
+    monkeypatch.setattr(partitioner_module, "supported_ops", lambda device: tables[device])
+    model = Flips(graphs.packed(CASE))
+    manager, partitioner = lower(model, X, devices=("cpu",))
+    assert partitioner.report == [] and outside(manager) == []
+    for devices in (("cpu", "cuda"), ("cuda",)):
+        manager, partitioner = lower(model, X, devices=devices)
+        assert outside(manager) == [torch.ops.aten.flip.default]
+        (entry,) = partitioner.report
+        assert entry["reason"] == "libcuda_int4 has no kernel for aten::flip.out on cuda"
+        (first, _) = delegates(manager)
+        assert decode_specs(first.compile_specs)["devices"] == ",".join(devices)
+    assert_runs_like_eager(manager, model, X, tmp_path=tmp_path)
+
+
+@pytest.mark.parametrize("devices", ["cuda", (), ("cpu", "tpu")])
+def test_devices_that_are_none(devices):
+    with pytest.raises(ValueError, match="expected device"):
+        CudaInt4Partitioner(devices=devices)
 
 
 class Mixed(nn.Module):
@@ -250,7 +292,7 @@ def test_a_mutated_buffer_that_the_outside_reads_stays_outside(tmp_path):
         """\
 b_seen: buffer: a mutated buffer that more than one partition, or the outside, uses
 aten__pdist_forward_default: aten._pdist_forward.default: libcuda_int4 has no kernel for
-    aten::_pdist_forward.out""",
+    aten::_pdist_forward.out on cpu""",
     )
     assert_runs_like_eager(manager, model, X, tmp_path=tmp_path)
 

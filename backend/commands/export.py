@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .. import _native
+
 EXPORT_KEYS = ("model", "example_inputs", "dynamic_shapes", "constant_methods")
 
 
@@ -47,6 +49,15 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
         " (default: %(default)s)",
     )
     parser.add_argument(
+        "--device",
+        dest="devices",
+        nargs="+",
+        choices=_native.DEVICES,
+        default=_native.EXPORT_DEVICES,
+        help="where the file is to run; an op that one of them lacks stays outside the delegate"
+        f" (default: {' '.join(_native.EXPORT_DEVICES)})",
+    )
+    parser.add_argument(
         "--external-weights",
         action="store_true",
         help="put the weights into a .ptd beside the .pte",
@@ -76,6 +87,7 @@ def export_command(args: argparse.Namespace) -> int:
         layout=args.layout,
         activation=args.activation,
         external_weights=args.external_weights,
+        devices=args.devices,
         **parts,
     )
     summary = cuda_int4.inspect(path)

@@ -47,6 +47,9 @@ def as_lines(summary: dict[str, Any]) -> Iterator[str]:
     yield "ops in the delegate:"
     yield from table(("calls", "op"), [(str(n), op) for op, n in summary["ops"].items()])
     yield ""
+    for device, lacking in summary["devices"].items():
+        yield f"on {device}: " + (f"no kernel for {', '.join(lacking)}" if lacking else "every op")
+    yield ""
     if not summary["outside"]:
         yield "outside the delegate: nothing"
         return
