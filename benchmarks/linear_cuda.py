@@ -289,7 +289,7 @@ def read_ceiling() -> float:
     rates = []
     for dtype in (torch.int8, torch.float16, torch.float32):
         data = torch.zeros((1 << 30) // dtype.itemsize, dtype=dtype, device="cuda")
-        rates.append(data.nbytes / best_time_s(lambda data=data: torch.max(data)))
+        rates.append(data.nbytes / best_time_s(data.max))
     return max(rates)
 
 
@@ -319,7 +319,7 @@ def run(options: argparse.Namespace, out: TextIO) -> bool:
     ceiling, compute = read_ceiling(), matmul_ceiling()
     for line in (
         f"# {gpu}, driver {driver_version()}, torch {torch.__version__}, "
-        f"CUDA {torch.version.cuda}, commit {commit}",
+        f"CUDA {torch.version.cuda}, commit {commit or 'unknown'}",
         f"# command: {command_line()}",
         f"# read ceiling {ceiling / 1e12:.3f} TB/s (torch.max over 1 GiB), fp16 matmul ceiling "
         f"{compute / 1e12:.0f} TFLOP/s, L2 {l2_bytes >> 20} MiB, weights rotate through "

@@ -24,10 +24,11 @@ COLOURS = {
     "w4a16": "#1f6fb4",
     "w4a8": "#c23b22",
     "w4a8_quantized_x": "#f28e2b",
-    "cublas_fp16": "#555555",
+    "cublas_fp16": "#999999",
     "tinygemm": "#8cbf88",
     "gemlite": "#b39ddb",
 }
+LEGEND = {"cublas_fp16": "cublas_fp16, 4x the bytes"}
 PANEL_INCHES = (4.2, 3.0)
 MAX_COLUMNS = 4
 
@@ -117,7 +118,11 @@ def draw(table: Path | io.StringIO, to: Path) -> None:
     for panel in panels[-1]:
         panel.set_xlabel("M, rows of x")
     figure.legend(
-        list(lines.values()), list(lines), loc="outside lower center", ncols=5, fontsize=9
+        list(lines.values()),
+        [LEGEND.get(text, text) for text in lines],
+        loc="outside lower center",
+        ncols=2 * n_columns,
+        fontsize=8,
     )
     figure.suptitle(
         "Share of the speed of light: max(own bytes / read ceiling, 2MNK / matmul ceiling) / time\n"
@@ -136,12 +141,11 @@ def _style(text: str) -> dict[str, Any]:
     kernel, *rest = text.split()
     return {
         "color": COLOURS[kernel],
-        "linestyle": "--" if "g128" in rest else "-",
+        "linestyle": ":" if kernel == "cublas_fp16" else "--" if "g128" in rest else "-",
         "marker": "o" if "z" in rest else ".",
         "markersize": 4,
         "markerfacecolor": "white" if "z" in rest else COLOURS[kernel],
         "linewidth": 1.6 if kernel.startswith("w4") else 1.2,
-        "label": text,
     }
 
 
