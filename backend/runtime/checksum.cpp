@@ -134,7 +134,19 @@ uint32_t update(uint32_t crc, const void* data, size_t n) {
 
 }  // namespace
 
-uint32_t crc32c(const void* data, size_t nbytes) { return ~update(~uint32_t(0), data, nbytes); }
+uint32_t crc32c(const void* data, size_t nbytes, uint32_t so_far) {
+  return ~update(~so_far, data, nbytes);
+}
+
+uint32_t checksum_of_pieces(const uint32_t* crcs, size_t n_pieces) {
+  uint32_t crc = ~uint32_t(0);
+  for (size_t i = 0; i < n_pieces; ++i) {
+    uint8_t bytes[4];
+    for (int b = 0; b < 4; ++b) bytes[b] = uint8_t(crcs[i] >> (8 * b));
+    crc = update(crc, bytes, sizeof(bytes));
+  }
+  return ~crc;
+}
 
 uint32_t crc32c_portable(const void* data, size_t nbytes) {
   return ~update_portable(~uint32_t(0), static_cast<const uint8_t*>(data), nbytes);

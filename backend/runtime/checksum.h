@@ -17,8 +17,12 @@ constexpr uint64_t kChecksumPieceBytes = uint64_t(4) << 20;
 /// `so_far`: the checksum of what precedes, a multiple of 4 MiB, to go on from.
 uint32_t checksum(const void* data, uint64_t nbytes, uint32_t so_far = 0);
 
+/// The same of the CRC-32C of each piece, for who hashes the pieces while doing something else.
+uint32_t checksum_of_pieces(const uint32_t* crcs, size_t n_pieces);
+
 /// Plain CRC-32C (Castagnoli, reflected, RFC 3720 appendix B.4) with the fastest code this CPU runs.
-uint32_t crc32c(const void* data, size_t nbytes);
+/// `so_far`: the CRC of the bytes before, to go on from.
+uint32_t crc32c(const void* data, size_t nbytes, uint32_t so_far = 0);
 
 /// The portable code, whatever the CPU: what the fast ones are tested against.
 uint32_t crc32c_portable(const void* data, size_t nbytes);

@@ -2,6 +2,7 @@
 
 #include <executorch/runtime/core/tensor_layout.h>
 
+#include <chrono>
 #include <cinttypes>
 
 #include "checksum.h"
@@ -16,17 +17,20 @@ using executorch::runtime::Result;
 using executorch::runtime::Span;
 using executorch::runtime::TensorLayout;
 
+namespace {
+
+constexpr uint64_t kConstantAlignment = 256;  // of each in device memory, in bytes
+
+}  // namespace
+
 Constants::Constants(const std::vector<ConstantRecord>& records, Device& device)
     : records_(records), device_(device) {
   for (size_t i = 0; i < records_.size(); ++i) by_key_.emplace(records_[i].key, i);
 }
 
-Constants::~Constants() {
-  for (Placed& placed : placed_)
-    if (placed.uploaded) device_.free(placed.data);
-}
+Constants::~Constants() { device_.free(block_); }
 
-Error Constants::place(const NamedDataMap* store, bool verify_checksums) {
+Error Constants::locate(const NamedDataMap* store) {
   for (const ConstantRecord& record : records_) {
     const ConstantRecord& first = records_[find(record.key)];
     if (record.nbytes != first.nbytes || record.checksum != first.checksum)
@@ -38,20 +42,22 @@ Error Constants::place(const NamedDataMap* store, bool verify_checksums) {
   }
   placed_.reserve(records_.size());  // a Placed cannot be moved by assignment
   for (size_t i = 0; i < records_.size(); ++i) {
-    const size_t first = find(records_[i].key);
     placed_.emplace_back();
-    if (first < i) {  // two names of one constant, such as tied weights
-      placed_.back().data = placed_[first].data;
-      continue;
-    }
-    const Error error = place_one(records_[i], store, verify_checksums, &placed_.back());
+    Placed& placed = placed_.back();
+    placed.is_first = find(records_[i].key) == i;
+    if (!placed.is_first) continue;  // two names of one constant, such as tied weights
+    const Error error = locate_one(records_[i], store, &placed);
     if (error != Error::Ok) return error;
+    if (device_.reads_host_memory()) continue;
+    // Sizes are those of bytes that are there: their sum cannot overflow.
+    placed.at = (device_bytes_ + kConstantAlignment - 1) / kConstantAlignment * kConstantAlignment;
+    device_bytes_ = placed.at + records_[i].nbytes;
   }
   return Error::Ok;
 }
 
-Error Constants::place_one(const ConstantRecord& record, const NamedDataMap* store,
-                           bool verify_checksum, Placed* out) {
+Error Constants::locate_one(const ConstantRecord& record, const NamedDataMap* store,
+                            Placed* out) const {
   const char* name = record.name.c_str();
   Result<FreeableBuffer> found =
       store == nullptr ? Result<FreeableBuffer>(Error::NotFound) : store->get_data(record.key);
@@ -72,31 +78,70 @@ Error Constants::place_one(const ConstantRecord& record, const NamedDataMap* sto
   const Result<const void*> bytes = found->data_safe();
   if (!bytes.ok() || (bytes.get() == nullptr && record.nbytes > 0))
     return fail(Error::InvalidExternalData, "constant %s: its data cannot be read", name);
-  if (verify_checksum) {
-    const uint32_t sum = checksum(bytes.get(), record.nbytes);
-    if (sum != record.checksum)
-      return fail(Error::InvalidExternalData,
-                  "constant %s: expected checksum %08" PRIx32 ", found %08" PRIx32
-                  "; the file is damaged, export it again",
-                  name, record.checksum, sum);
-  }
-  if (!device_.reads_host_memory()) {
-    out->data = device_.allocate(record.nbytes);
-    if (out->data == nullptr)
-      return fail(Error::MemoryAllocationFailed,
-                  "constant %s: device %s has no %" PRIu64 " bytes left; use a smaller model", name,
-                  device_.name(), record.nbytes);
-    out->uploaded = true;
-    return device_.upload(out->data, bytes.get(), record.nbytes);
-  }
-  if (reinterpret_cast<uintptr_t>(bytes.get()) % record.alignment != 0)
-    return fail(Error::InvalidExternalData,
-                "constant %s: expected an address that is a multiple of %" PRIu32
-                ", found one that is not; load the .pte from a file, or from aligned memory",
-                name, record.alignment);
-  out->data = const_cast<void*>(bytes.get());
+  out->bytes = bytes.get();
   out->source.~FreeableBuffer();
   new (&out->source) FreeableBuffer(std::move(found.get()));
+  return Error::Ok;
+}
+
+Error Constants::damaged(const ConstantRecord& record, const void* bytes) const {
+  return fail(Error::InvalidExternalData,
+              "constant %s: expected checksum %08" PRIx32 ", found %08" PRIx32
+              "; the file is damaged, export it again",
+              record.name.c_str(), record.checksum, checksum(bytes, record.nbytes));
+}
+
+Error Constants::place(bool verify_checksums) {
+  if (!device_.reads_host_memory()) {
+    const Error error = upload(verify_checksums);
+    if (error != Error::Ok) return error;
+  }
+  for (size_t i = 0; i < records_.size(); ++i) {
+    const ConstantRecord& record = records_[i];
+    Placed& placed = placed_[i];
+    if (!placed.is_first) {
+      placed.data = placed_[find(record.key)].data;
+      continue;
+    }
+    if (!device_.reads_host_memory()) {
+      placed.data = static_cast<uint8_t*>(block_) + placed.at;
+      placed.source.Free();
+      continue;
+    }
+    if (verify_checksums && checksum(placed.bytes, record.nbytes) != record.checksum)
+      return damaged(record, placed.bytes);
+    if (reinterpret_cast<uintptr_t>(placed.bytes) % record.alignment != 0)
+      return fail(Error::InvalidExternalData,
+                  "constant %s: expected an address that is a multiple of %" PRIu32
+                  ", found one that is not; load the .pte from a file, or from aligned memory",
+                  record.name.c_str(), record.alignment);
+    placed.data = const_cast<void*>(placed.bytes);
+  }
+  return Error::Ok;
+}
+
+Error Constants::upload(bool verify_checksums) {
+  const auto start = std::chrono::steady_clock::now();
+  block_ = device_.allocate(device_bytes_);
+  if (block_ == nullptr)
+    return fail(Error::MemoryAllocationFailed,
+                "constants: device %s has no %" PRIu64
+                " bytes left in one piece; use a smaller model",
+                device_.name(), device_bytes_);
+  std::vector<Upload> uploads;
+  std::vector<size_t> indices;
+  for (size_t i = 0; i < records_.size(); ++i) {
+    if (!placed_[i].is_first) continue;
+    uploads.push_back({static_cast<uint8_t*>(block_) + placed_[i].at, placed_[i].bytes,
+                       records_[i].nbytes, records_[i].checksum});
+    indices.push_back(i);
+    uploaded_bytes_ += records_[i].nbytes;
+  }
+  size_t wrong = 0;
+  const Error error = device_.upload_all(uploads.data(), uploads.size(), verify_checksums, &wrong);
+  if (error != Error::Ok) return error;
+  if (wrong < uploads.size()) return damaged(records_[indices[wrong]], uploads[wrong].from);
+  upload_seconds_ = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   return Error::Ok;
 }
 

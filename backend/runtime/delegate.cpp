@@ -2,6 +2,8 @@
 
 #include <executorch/runtime/backend/interface.h>
 
+#include <charconv>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
@@ -25,9 +27,22 @@ namespace {
 
 thread_local DelegateListener* listener = nullptr;
 
-bool verification_is_off_by_environment() {
-  const char* value = std::getenv("CUDA_INT4_VERIFY");
+bool is_off_by_environment(const char* variable) {
+  const char* value = std::getenv(variable);
   return value != nullptr && std::strcmp(value, "0") == 0;
+}
+
+/// The number of a cudaStream_t, which options have no type for.
+Error read_stream(const char* text, DelegateMethod::Options* options) {
+  const char* end = text + std::strlen(text);
+  uintptr_t address = 0;
+  const auto parsed = std::from_chars(text, end, address);
+  if (text == end || parsed.ec != std::errc() || parsed.ptr != end)
+    return fail(Error::InvalidArgument,
+                "cuda_stream: expected the address of a cudaStream_t in decimal, got \"%s\"", text);
+  options->on_callers_stream = true;
+  options->stream = reinterpret_cast<void*>(address);
+  return Error::Ok;
 }
 
 /// Nothing may be thrown into ExecuTorch, which is built without exceptions.
@@ -52,11 +67,19 @@ class CudaInt4Backend final : public executorch::runtime::BackendInterface {
     std::unique_ptr<DelegateMethod> method;
     const Error error = guarded([&]() -> Error {
       DelegateMethod::Options options;
-      options.verify_constants = !verification_is_off_by_environment();
+      options.verify_constants = !is_off_by_environment("CUDA_INT4_VERIFY");
+      options.cuda_graph = !is_off_by_environment("CUDA_INT4_CUDA_GRAPH");
       const auto device = context.get_runtime_spec<const char*>("device");
       if (device.ok()) options.device = device.get();
       const auto verify = context.get_runtime_spec<bool>("verify_constants");
       if (verify.ok()) options.verify_constants = verify.get();
+      const auto graph = context.get_runtime_spec<bool>("cuda_graph");
+      if (graph.ok()) options.cuda_graph = options.cuda_graph && graph.get();
+      const auto stream = context.get_runtime_spec<const char*>("cuda_stream");
+      if (stream.ok()) {
+        const Error error = read_stream(stream.get(), &options);
+        if (error != Error::Ok) return error;
+      }
       const Result<const void*> blob = processed->data_safe();
       if (!blob.ok() || blob.get() == nullptr)
         return fail(Error::InvalidProgram, "delegate blob: expected its bytes, got none");

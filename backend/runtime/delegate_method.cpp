@@ -4,13 +4,10 @@
 
 #include <algorithm>
 #include <cinttypes>
-#include <cstring>
 
 #include "../kernels/checks.h"
 #include "../kernels/ops.h"
 #include "errors.h"
-#include "execution.h"
-#include "parallel.h"
 #include "program_check.h"
 #include "tensor_bridge.h"
 
@@ -19,9 +16,6 @@
 
 namespace cuda_int4 {
 
-using executorch::aten::DimOrderType;
-using executorch::aten::SizesType;
-using executorch::aten::StridesType;
 using executorch::aten::Tensor;
 using executorch::runtime::Error;
 using executorch::runtime::EValue;
@@ -54,12 +48,16 @@ TensorView view_of_record(const Blob& blob, int32_t index) {
 }  // namespace
 
 DelegateMethod::~DelegateMethod() {
+  if (device_ == nullptr) return;  // nothing came after it
+  shapes_.clear();
   method_.reset();
   program_.reset();
   temp_.reset();
   constants_.reset();
   for (void* allocation : allocations_) device_->free(allocation);
-  for (void* allocation : host_allocations_) device_->free_host(allocation);
+  device_->free_host(fault_memory_.host);
+  for (const Staged& input : inputs_) device_->free_host(input.host);
+  for (const Output& output : outputs_) device_->free_host(output.staged.host);
 }
 
 Error DelegateMethod::open(const void* blob, uint64_t blob_nbytes, const NamedDataMap* store,
@@ -73,8 +71,13 @@ Error DelegateMethod::open(const void* blob, uint64_t blob_nbytes, const NamedDa
   if (error == Error::Ok) error = self->check_ops();
   if (error == Error::Ok) error = self->check_linears();
   if (error != Error::Ok) return error;
+  self->cuda_graph_ = options.cuda_graph;
+  // The device is not touched before everything that the file alone decides has been checked.
   self->constants_ = std::make_unique<Constants>(self->blob_.constants, *self->device_);
-  error = self->constants_->place(store, options.verify_constants);
+  error = self->constants_->locate(store);
+  if (error == Error::Ok) error = self->load_program();
+  if (error == Error::Ok) error = self->check_memory();
+  if (error == Error::Ok) error = self->constants_->place(options.verify_constants);
   if (error == Error::Ok) error = self->load_method();
   if (error == Error::Ok) error = self->place_mutable_buffers();
   if (error == Error::Ok) error = self->plan_inputs();
@@ -83,6 +86,19 @@ Error DelegateMethod::open(const void* blob, uint64_t blob_nbytes, const NamedDa
   if (error != Error::Ok) return error;
   *out = std::move(self);
   return Error::Ok;
+}
+
+DeviceUse DelegateMethod::device_use() const {
+  DeviceUse use;
+  use.device = device_->name();
+  use.device_bytes = device_->allocated_bytes();
+  use.peak_device_bytes = device_->peak_allocated_bytes();
+  use.uploaded_bytes = constants_->uploaded_bytes();
+  use.upload_s = constants_->upload_seconds();
+  use.eager_runs = eager_runs_;
+  use.captures = captures_;
+  use.replays = replays_;
+  return use;
 }
 
 // ---- init ----
@@ -141,6 +157,12 @@ Error DelegateMethod::check_nested(const Program& program) const {
                 "nested program: expected one method without delegates, got %zu methods; the .pte "
                 "is damaged, export it again",
                 program.num_methods());
+  if (methods[0].jumps > 0 && !device_->reads_host_memory())
+    return fail(
+        Error::DelegateInvalidCompatibility,
+        "nested program: device %s cannot run jumps (control flow inside a delegate), found "
+        "%u; use device \"cpu\"",
+        device_->name(), methods[0].jumps);
   for (const std::string& op : program_operators(blob_.program))
     if (std::find(blob_.ops.begin(), blob_.ops.end(), op) == blob_.ops.end())
       return fail(Error::InvalidProgram,
@@ -182,13 +204,18 @@ Error DelegateMethod::check_nested(const Program& program) const {
   return Error::Ok;
 }
 
-Error DelegateMethod::load_method() {
-  const auto refused = [](Error error) {
-    return fail_unless_explained(error,
-                                 "nested program: expected one that ExecuTorch loads, got %s; the "
-                                 ".pte is damaged, export it again",
-                                 executorch::runtime::to_string(error));
-  };
+namespace {
+
+Error refused(Error error) {
+  return fail_unless_explained(error,
+                               "nested program: expected one that ExecuTorch loads, got %s; the "
+                               ".pte is damaged, export it again",
+                               executorch::runtime::to_string(error));
+}
+
+}  // namespace
+
+Error DelegateMethod::load_program() {
   loader_.emplace(blob_.program, blob_.program_nbytes);
   auto program = Program::load(&*loader_, Program::Verification::InternalConsistency);
   if (!program.ok()) return refused(program.error());
@@ -197,9 +224,52 @@ Error DelegateMethod::load_method() {
   if (error != Error::Ok) return error;
   const Result<const char*> name = program_->get_method_name(0);
   if (!name.ok()) return refused(name.error());
-  const Result<MethodMeta> meta = program_->method_meta(name.get());
-  if (!meta.ok()) return refused(meta.error());
+  name_ = name.get();
+  return Error::Ok;
+}
 
+/// Everything that open() allocates on the device, against what is free there.
+Error DelegateMethod::check_memory() const {
+  const uint64_t free = device_->free_bytes();
+  if (free == UINT64_MAX) return Error::Ok;
+  const Result<MethodMeta> meta = program_->method_meta(name_.c_str());
+  if (!meta.ok()) return refused(meta.error());
+  uint64_t activations = 0, buffers = 0;
+  const auto add = [](uint64_t* sum, uint64_t nbytes) {
+    *sum = nbytes > UINT64_MAX - *sum ? UINT64_MAX : *sum + nbytes;
+  };
+  for (size_t i = 0; i < meta->num_memory_planned_buffers(); ++i) {
+    const Result<int64_t> nbytes = meta->memory_planned_buffer_size(i);
+    if (!nbytes.ok()) return refused(nbytes.error());
+    add(&activations, uint64_t(nbytes.get()));
+  }
+  for (size_t i = 0; i < meta->num_inputs(); ++i) {
+    const auto info = meta->input_tensor_meta(i);  // none of a number
+    if (info.ok()) add(&activations, info->nbytes());
+  }
+  for (size_t i = 0; i < meta->num_outputs(); ++i) {
+    const auto info = meta->output_tensor_meta(i);
+    if (info.ok() && !info->is_memory_planned()) add(&activations, info->nbytes());
+  }
+  for (size_t i = 0; i < meta->num_attributes(); ++i) {
+    const auto info = meta->attribute_tensor_meta(i);
+    if (!info.ok()) return refused(info.error());
+    if (!info->is_memory_planned() && !constants_->has(info->name())) add(&buffers, info->nbytes());
+  }
+  uint64_t needed = constants_->device_bytes();
+  add(&needed, buffers);
+  add(&needed, activations);
+  if (needed <= free) return Error::Ok;
+  return fail(Error::MemoryAllocationFailed,
+              "device %s: expected %" PRIu64 " bytes of free memory (%" PRIu64
+              " of constants, %" PRIu64 " of caches, %" PRIu64 " of activations), it has %" PRIu64
+              "; free some, use another device, or export a smaller model or a shorter context",
+              device_->name(), needed, constants_->device_bytes(), buffers, activations, free);
+}
+
+Error DelegateMethod::load_method() {
+  const Result<MethodMeta> meta = program_->method_meta(name_.c_str());
+  if (!meta.ok()) return refused(meta.error());
   for (size_t i = 0; i < meta->num_memory_planned_buffers(); ++i) {
     const Result<int64_t> nbytes = meta->memory_planned_buffer_size(i);
     if (!nbytes.ok()) return refused(nbytes.error());
@@ -215,7 +285,7 @@ Error DelegateMethod::load_method() {
   planned_.emplace(Span<Span<uint8_t>>(planned_spans_.data(), planned_spans_.size()));
   temp_ = std::make_unique<TempArena>(*device_);
   memory_.emplace(&method_memory_, &*planned_, temp_.get());
-  auto method = program_->load_method(name.get(), &*memory_, nullptr, constants_.get(), nullptr,
+  auto method = program_->load_method(name_.c_str(), &*memory_, nullptr, constants_.get(), nullptr,
                                       {kernels_.data(), kernels_.size()});
   if (!method.ok()) return refused(method.error());
   method_.emplace(std::move(method.get()));
@@ -251,25 +321,28 @@ Error DelegateMethod::place_mutable_buffers() {
 Error DelegateMethod::stage(const char* what, size_t i, size_t nbytes, Staged* out) {
   out->nbytes = nbytes;
   out->device = device_->allocate(nbytes);
-  if (out->device != nullptr) allocations_.push_back(out->device);
-  out->host = device_->allocate_host(nbytes);
-  if (out->host != nullptr) host_allocations_.push_back(out->host);
-  if (out->device != nullptr && out->host != nullptr) return Error::Ok;
-  return fail(
-      Error::MemoryAllocationFailed,
-      "%s %zu: no %zu bytes of %s memory left for it; export with a shorter greatest sequence",
-      what, i, nbytes, out->device == nullptr ? device_->name() : "page-locked host");
+  if (out->device == nullptr)
+    return fail(Error::MemoryAllocationFailed,
+                "%s %zu: device %s has no %zu bytes left; export with a shorter greatest sequence",
+                what, i, device_->name(), nbytes);
+  allocations_.push_back(out->device);
+  return Error::Ok;
 }
 
 Error DelegateMethod::plan_inputs() {
   inputs_.resize(method_->inputs_size());
   if (device_->reads_host_memory()) return Error::Ok;
+  // Kernels write to it, the host reads it after each run.
+  Error error = stage_host(sizeof(DeviceFault), &fault_memory_);
+  if (error != Error::Ok) return error;
   const MethodMeta meta = method_->method_meta();
   for (size_t i = 0; i < inputs_.size(); ++i) {
     if (!method_->get_input(i).isTensor()) continue;
     const auto info = meta.input_tensor_meta(i);
     if (!info.ok()) return info.error();
-    const Error error = stage("input", i, info->nbytes(), &inputs_[i]);
+    error = stage("input", i, info->nbytes(), &inputs_[i]);
+    // All of it now: graphs hold its address.
+    if (error == Error::Ok) error = stage_host(info->nbytes(), &inputs_[i]);
     if (error != Error::Ok) return error;
   }
   return Error::Ok;
@@ -290,178 +363,14 @@ Error DelegateMethod::plan_outputs() {
       output.bindable = !info->is_memory_planned() && value.toTensor().const_data_ptr() == nullptr;
       for (size_t j = 0; j < method_->inputs_size(); ++j)
         if (&method_->mutable_input(j) == &value) output.bindable = false;
-      if (!device_->reads_host_memory()) {
+      if (!device_->reads_host_memory() && output.bindable) {
         Error error = stage("output", i, output.max_nbytes, &output.staged);
-        if (error == Error::Ok && output.bindable)
+        if (error == Error::Ok)
           error = method_->set_output_data_ptr(output.staged.device, output.max_nbytes, i);
         if (error != Error::Ok) return error;
       }
     }
     outputs_.push_back(std::move(output));
-  }
-  return Error::Ok;
-}
-
-// ---- execute ----
-
-Error DelegateMethod::bind_input(size_t i, const EValue& value) {
-  EValue& nested = method_->mutable_input(i);
-  if (!nested.isTensor()) {
-    // Ints (a dynamic size) are not planned, and arrive as None in the nested program.
-    if (!value.isInt() && !value.isDouble() && !value.isBool() && !value.isNone())
-      return fail(Error::InvalidType, "input %zu: expected a number, got another type of value", i);
-    nested = value;
-    return Error::Ok;
-  }
-  if (!value.isTensor())
-    return fail(Error::InvalidType, "input %zu: expected a tensor, got another type of value", i);
-  const Tensor& expected = nested.toTensor();
-  const Tensor& given = value.toTensor();
-  TensorView expected_view, given_view;
-  if (!view_of(given, &given_view) || !view_of(expected, &expected_view) ||
-      given_view.dtype != expected_view.dtype)
-    return fail(Error::InvalidArgument, "input %zu: expected dtype %s, got %s", i,
-                dtype_name(DType(expected.scalar_type())), dtype_name(DType(given.scalar_type())));
-  if (given_view.ndim != expected_view.ndim ||
-      !std::equal(given.dim_order().begin(), given.dim_order().end(), expected.dim_order().begin()))
-    return fail(
-        Error::InvalidArgument,
-        "input %zu: expected %d dimensions in the order of memory it was exported with, got "
-        "%s in another; pass x.contiguous()",
-        i, expected_view.ndim, ShapeText(given_view).text);
-  const Error error =
-      device_->reads_host_memory() ? method_->set_input(value, i) : set_tensor_input(i, given);
-  if (error != Error::Ok)
-    return fail_unless_explained(error,
-                                 "input %zu: expected sizes the model was exported for, got %s", i,
-                                 ShapeText(given_view).text);
-  return Error::Ok;
-}
-
-/// The nested method reads the staged copy, which is always at the same address.
-Error DelegateMethod::set_tensor_input(size_t i, const Tensor& given) {
-  const Staged& staged = inputs_[i];
-  if (given.nbytes() > staged.nbytes) return Error::InvalidArgument;
-  executorch::aten::TensorImpl impl(given.scalar_type(), given.dim(),
-                                    const_cast<SizesType*>(given.sizes().data()), staged.device,
-                                    const_cast<DimOrderType*>(given.dim_order().data()),
-                                    const_cast<StridesType*>(given.strides().data()));
-  const Error error = method_->set_input(EValue(Tensor(&impl)), i);
-  if (error != Error::Ok || given.nbytes() == 0) return error;
-  if (given.const_data_ptr() == nullptr)
-    return fail(Error::InvalidArgument, "input %zu: expected data, got nullptr", i);
-  std::memcpy(staged.host, given.const_data_ptr(), given.nbytes());
-  return device_->upload_async(staged.device, staged.host, given.nbytes());
-}
-
-Error DelegateMethod::bind_output(size_t i, EValue& value) {
-  const Output& output = outputs_[i];
-  if (!output.is_tensor) return Error::Ok;
-  if (!value.isTensor())
-    return fail(Error::InvalidType, "output %zu: expected a tensor to write to", i);
-  Tensor& given = value.toTensor();
-  const Tensor& nested = method_->get_output(i).toTensor();
-  if (given.scalar_type() != nested.scalar_type())
-    return fail(Error::InvalidArgument, "output %zu: expected dtype %s, got %s", i,
-                dtype_name(DType(nested.scalar_type())), dtype_name(DType(given.scalar_type())));
-  if (!output.bindable || !device_->reads_host_memory()) return Error::Ok;
-  // The caller's tensor has the sizes of the last call; its memory is planned for the greatest ones.
-  const Error error =
-      executorch::runtime::resize_tensor(given, {output.max_sizes.data(), output.max_sizes.size()});
-  if (error != Error::Ok || given.const_data_ptr() == nullptr)
-    return fail(
-        Error::InvalidArgument,
-        "output %zu: expected memory for %zu bytes, got less; the .pte is damaged, export it "
-        "again",
-        i, output.max_nbytes);
-  return method_->set_output_data_ptr(given.mutable_data_ptr(), output.max_nbytes, i);
-}
-
-Error DelegateMethod::hand_over(size_t i, EValue& value) {
-  const EValue& result = method_->get_output(i);
-  if (!outputs_[i].is_tensor) {
-    value = result;
-    return Error::Ok;
-  }
-  const Tensor& from = result.toTensor();
-  Tensor& to = value.toTensor();
-  const Error error = executorch::runtime::resize_tensor(to, from.sizes());
-  if (error != Error::Ok)
-    return fail(
-        Error::InvalidArgument,
-        "output %zu: the result does not fit the memory planned for it; run with at most the "
-        "sizes the model was exported for",
-        i);
-  // The same pointer but where the result is a view, an input, a constant or a cache.
-  if (from.const_data_ptr() == to.const_data_ptr() || from.nbytes() == 0) return Error::Ok;
-  if (to.const_data_ptr() == nullptr || from.const_data_ptr() == nullptr)
-    return fail(Error::InvalidArgument, "output %zu: expected memory to write to, got none", i);
-  if (device_->reads_host_memory())
-    return device_->copy(to.mutable_data_ptr(), from.const_data_ptr(), from.nbytes());
-  void* host = to.mutable_data_ptr();
-  if (!device_->is_from_allocate_host(host)) host = outputs_[i].staged.host;
-  return device_->download_async(host, from.const_data_ptr(), from.nbytes());
-}
-
-/// What went through staging, once it is there, to where the caller wants it.
-Error DelegateMethod::finish_hand_over(Span<EValue*> outputs) {
-  const Error error = device_->synchronize();
-  if (error != Error::Ok || device_->reads_host_memory()) return error;
-  for (size_t i = 0; i < outputs_.size(); ++i) {
-    if (!outputs_[i].is_tensor) continue;
-    Tensor& to = outputs[i]->toTensor();
-    if (to.nbytes() > 0 && !device_->is_from_allocate_host(to.const_data_ptr()))
-      std::memcpy(to.mutable_data_ptr(), outputs_[i].staged.host, to.nbytes());
-  }
-  return Error::Ok;
-}
-
-Error DelegateMethod::execute(Span<EValue*> args) {
-  const DeviceScope scope(*device_);
-  const size_t n_inputs = method_->inputs_size();
-  if (args.size() != n_inputs + outputs_.size())
-    return fail(
-        Error::InvalidProgram,
-        "delegate call: expected %zu inputs and %zu outputs, got %zu arguments; the .pte is "
-        "damaged, export it again",
-        n_inputs, outputs_.size(), args.size());
-  for (size_t i = 0; i < n_inputs; ++i) {
-    const Error error = bind_input(i, *args[i]);
-    if (error != Error::Ok) return error;
-  }
-  for (size_t i = 0; i < outputs_.size(); ++i) {
-    const Error error = bind_output(i, *args[n_inputs + i]);
-    if (error != Error::Ok) return error;
-  }
-  Error error = run();
-  for (size_t i = 0; error == Error::Ok && i < outputs_.size(); ++i)
-    error = hand_over(i, *args[n_inputs + i]);
-  // Also after an error: nothing of this call is left in the queue.
-  const Error finished = finish_hand_over({args.data() + n_inputs, outputs_.size()});
-  return error != Error::Ok ? error : finished;
-}
-
-Error DelegateMethod::run() {
-  ExecutionContext execution{};
-  execution.device = device_->kind();
-  execution.stream = device_->stream();
-  execution.parallel_for = execution.device == DeviceKind::kCpu ? &parallel_for : nullptr;
-  const ExecutionScope scope(execution);
-  const size_t before = temp_->resets();
-  const Error error = method_->execute();
-  if (error == Error::Ok) return error;
-  const std::string op =
-      operator_at(blob_.program, method_->method_meta().name(), temp_->resets() - before - 2);
-  return fail_unless_explained(error,
-                               "nested program: %s refused its arguments with %s (the log says "
-                               "why); run with sizes and indices the model was exported for",
-                               op.c_str(), executorch::runtime::to_string(error));
-}
-
-Error DelegateMethod::reset() {
-  for (const MutableBuffer& buffer : mutable_buffers_) {
-    const Error error = device_->zero(buffer.data, buffer.nbytes);
-    if (error != Error::Ok) return error;
   }
   return Error::Ok;
 }

@@ -17,20 +17,35 @@
 
 #include <memory>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "blob.h"
 #include "constants.h"
 #include "device.h"
+#include "settled_shapes.h"
 #include "temp_arena.h"
 
 namespace cuda_int4 {
+
+// What a method has done on its device.
+struct DeviceUse {
+  std::string device;         // "cpu", "cuda:0"
+  uint64_t device_bytes = 0;  // allocated now; 0 on the CPU, as is all below
+  uint64_t peak_device_bytes = 0;
+  uint64_t uploaded_bytes = 0;  // of constants
+  double upload_s = 0;
+  uint64_t eager_runs = 0;
+  uint64_t captures = 0;
+  uint64_t replays = 0;
+};
 
 class DelegateMethod {
  public:
   struct Options {
     const char* device = nullptr;  // see make_device
     bool verify_constants = true;
+    bool cuda_graph = true;  // replay the calls of a shape that has been seen before
     // On CUDA: the caller's cudaStream_t; else a stream of the method's own.
     bool on_callers_stream = false;
     void* stream = nullptr;
@@ -46,21 +61,25 @@ class DelegateMethod {
   DelegateMethod(const DelegateMethod&) = delete;
   DelegateMethod& operator=(const DelegateMethod&) = delete;
 
-  /// args: the inputs of the nested method, then its outputs.
+  /// args: the inputs of the nested method, then its outputs; host memory.
   executorch::runtime::Error execute(executorch::runtime::Span<executorch::runtime::EValue*> args);
   executorch::runtime::Error reset();
+
+  DeviceUse device_use() const;
+  Device& device() { return *device_; }
 
  private:
   struct MutableBuffer {
     void* data;
     size_t nbytes;
   };
-  // Where a device does not read host memory: an input's or output's memory there, and memory of
-  // the host that transfers need no copy of.
+  // Memory of an input or output where the device does not read the host's. Always the same device
+  // memory: graphs hold its address.
   struct Staged {
     void* device = nullptr;
-    void* host = nullptr;
-    size_t nbytes = 0;
+    void* host = nullptr;  // page-locked, grown on demand
+    size_t nbytes = 0;     // of device
+    size_t host_nbytes = 0;
   };
   struct Output {
     bool is_tensor;
@@ -69,23 +88,36 @@ class DelegateMethod {
     std::vector<executorch::aten::SizesType> max_sizes;
     Staged staged;
   };
+  using Args = executorch::runtime::Span<executorch::runtime::EValue*>;
 
   DelegateMethod() = default;
+  // delegate_method.cpp
   executorch::runtime::Error check_ops();
   executorch::runtime::Error check_linears() const;
   executorch::runtime::Error check_nested(const executorch::runtime::Program& program) const;
+  executorch::runtime::Error load_program();
+  executorch::runtime::Error check_memory() const;
   executorch::runtime::Error load_method();
   executorch::runtime::Error place_mutable_buffers();
+  executorch::runtime::Error stage(const char* what, size_t i, size_t nbytes, Staged* out);
   executorch::runtime::Error plan_inputs();
   executorch::runtime::Error plan_outputs();
-  executorch::runtime::Error stage(const char* what, size_t i, size_t nbytes, Staged* out);
-  executorch::runtime::Error bind_input(size_t i, const executorch::runtime::EValue& value);
-  executorch::runtime::Error set_tensor_input(size_t i, const executorch::aten::Tensor& given);
-  executorch::runtime::Error bind_output(size_t i, executorch::runtime::EValue& value);
+  // delegate_execute.cpp
+  executorch::runtime::Error check_input(size_t i, const executorch::runtime::EValue& value);
+  executorch::runtime::Error check_output(size_t i, const executorch::runtime::EValue& value);
   executorch::runtime::Error run();
+  executorch::runtime::Error execute_in_place(Args inputs, Args outputs);
+  executorch::runtime::Error bind_output(size_t i, executorch::runtime::EValue& value);
   executorch::runtime::Error hand_over(size_t i, executorch::runtime::EValue& value);
-  executorch::runtime::Error finish_hand_over(
-      executorch::runtime::Span<executorch::runtime::EValue*> outputs);
+  executorch::runtime::Error execute_staged(Args inputs, Args outputs);
+  executorch::runtime::Error stage_host(size_t nbytes, Staged* staged);
+  executorch::runtime::Error stage_input(size_t i, const executorch::runtime::EValue& value);
+  executorch::runtime::Error run_staged(Args inputs);
+  void capture(Args inputs, SettledShape* shape);
+  void note_outputs(std::vector<SettledOutput>* outputs);
+  executorch::runtime::Error download(const std::vector<SettledOutput>& results, Args outputs);
+  DeviceFault* fault() const { return static_cast<DeviceFault*>(fault_memory_.host); }
+  executorch::runtime::Error fault_error() const;
 
   // In the order of construction: what is below may point to what is above.
   std::unique_ptr<Device> device_;
@@ -93,7 +125,6 @@ class DelegateMethod {
   std::vector<executorch::runtime::Kernel> kernels_;
   std::unique_ptr<Constants> constants_;
   std::vector<void*> allocations_;  // of device_, freed last
-  std::vector<void*> host_allocations_;
   std::vector<MutableBuffer> mutable_buffers_;
   std::vector<executorch::runtime::Span<uint8_t>> planned_spans_;
   std::optional<executorch::runtime::HierarchicalAllocator> planned_;
@@ -102,9 +133,17 @@ class DelegateMethod {
   std::optional<executorch::runtime::MemoryManager> memory_;
   std::optional<executorch::extension::BufferDataLoader> loader_;
   std::optional<executorch::runtime::Program> program_;
+  std::string name_;  // of the nested method
   std::optional<executorch::runtime::Method> method_;
   std::vector<Staged> inputs_;
   std::vector<Output> outputs_;
+  // On a device that does not read host memory:
+  Staged fault_memory_;  // host: a DeviceFault
+  bool cuda_graph_ = true;
+  std::vector<int64_t> key_;  // of the call in progress
+  std::vector<SettledOutput> results_;
+  SettledShapes shapes_;
+  uint64_t eager_runs_ = 0, captures_ = 0, replays_ = 0;
 };
 
 }  // namespace cuda_int4

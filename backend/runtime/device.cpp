@@ -9,6 +9,7 @@
 #include <mutex>
 
 #include "../kernels/cuda/cuda_kernels.h"
+#include "checksum.h"
 #include "errors.h"
 #include "op_table.h"
 
@@ -51,6 +52,20 @@ Error make_auto_device(const DeviceRequest& request, std::unique_ptr<Device>* ou
 }
 
 }  // namespace
+
+Error Device::upload_all(const Upload* uploads, size_t n, bool verify, size_t* damaged) {
+  *damaged = n;
+  for (size_t i = 0; i < n; ++i) {
+    const Upload& one = uploads[i];
+    if (verify && checksum(one.from, one.nbytes) != one.checksum) {
+      *damaged = i;
+      return Error::Ok;
+    }
+    const Error error = upload(one.to, one.from, one.nbytes);
+    if (error != Error::Ok) return error;
+  }
+  return Error::Ok;
+}
 
 Error make_device(const DeviceRequest& request, std::unique_ptr<Device>* out) {
   const char* name = request.name;

@@ -21,6 +21,20 @@ namespace cuda_int4 {
 
 constexpr size_t kDeviceAlignment = 64;  // of every allocation, in bytes
 
+// Bytes of the host that go to the device.
+struct Upload {
+  void* to;
+  const void* from;
+  uint64_t nbytes;
+  uint32_t checksum;  // checksum.h, of all of them
+};
+
+// Recorded work that is launched as one: a CUDA graph.
+class DeviceGraph {
+ public:
+  virtual ~DeviceGraph() = default;
+};
+
 class Device {
  public:
   virtual ~Device() = default;
@@ -37,7 +51,8 @@ class Device {
   /// Host memory that async transfers read and write without a copy between.
   virtual void* allocate_host(size_t nbytes) = 0;
   virtual void free_host(void* pointer) = 0;
-  virtual bool is_from_allocate_host(const void*) const { return true; }
+  /// Whether transfers can read and write it without a copy between, whoever allocated it.
+  virtual bool is_page_locked(const void*) const { return true; }
 
   virtual executorch::runtime::Error upload(void* to, const void* host, size_t nbytes) = 0;
   virtual executorch::runtime::Error download(void* host, const void* from, size_t nbytes) = 0;
@@ -50,16 +65,37 @@ class Device {
   virtual executorch::runtime::Error download_async(void* host, const void* from, size_t nbytes) {
     return download(host, from, nbytes);
   }
+  /// All of them, as fast as the bus goes; `verify` compares checksums on the way. *damaged: the
+  /// first of another checksum, n where there is none.
+  virtual executorch::runtime::Error upload_all(const Upload* uploads, size_t n, bool verify,
+                                                size_t* damaged);
   /// Waits for everything queued; an error of any of it comes out here at the latest.
   virtual executorch::runtime::Error synchronize() { return executorch::runtime::Error::Ok; }
 
   /// Whether kernels read host memory in place: then constants are borrowed from the mapped file,
   /// and inputs and outputs are the caller's own memory.
   virtual bool reads_host_memory() const = 0;
-  /// cudaStream_t; nullptr on the CPU.
+  /// cudaStream_t, while capturing the one that is captured; nullptr on the CPU.
   virtual void* stream() const = 0;
+
+  /// From here to end_capture(), work of the calling thread is recorded and does not run; allocate()
+  /// gives nothing. False where that cannot be.
+  virtual bool begin_capture() { return false; }
+  /// nullptr if something in between could not be recorded.
+  virtual std::unique_ptr<DeviceGraph> end_capture() { return nullptr; }
+  virtual executorch::runtime::Error launch(DeviceGraph&) {
+    return executorch::runtime::Error::NotSupported;
+  }
+
+  /// What allocate() has given and free() not taken back, and the most that ever was; bytes.
+  uint64_t allocated_bytes() const { return allocated_bytes_; }
+  uint64_t peak_allocated_bytes() const { return peak_allocated_bytes_; }
+
   /// The kernel of an op by its name in the nested program; nullptr where there is none.
   virtual executorch::runtime::OpFunction find_kernel(std::string_view op) const = 0;
+
+ protected:
+  uint64_t allocated_bytes_ = 0, peak_allocated_bytes_ = 0;
 
  private:
   friend class DeviceScope;

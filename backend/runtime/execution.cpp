@@ -28,6 +28,8 @@ ExecutionScope::ExecutionScope(const ExecutionContext& execution) : outer_(curre
 
 ExecutionScope::~ExecutionScope() { current = outer_; }
 
+void set_current_instruction(uint32_t index) { current.op_index = index; }
+
 const ExecutionContext& current_execution() { return current; }
 
 Error give_scratch(KernelRuntimeContext& context, uint64_t nbytes, ExecutionContext* execution) {

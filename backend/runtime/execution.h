@@ -22,6 +22,9 @@ class ExecutionScope {
   ExecutionContext outer_;
 };
 
+/// The instruction of the nested method that runs from now on.
+void set_current_instruction(uint32_t index);
+
 /// Outside a scope: the CPU and its thread pool.
 const ExecutionContext& current_execution();
 

@@ -203,6 +203,7 @@ class Checker {
         break;
       case kJumpFalseCall:
         ++shape->other_instructions;
+        ++shape->jumps;
         // One past the end leaves the chain.
         if (second < 0 || second > int64_t(n_instructions))
           return out_of_range("a jump", second, n_instructions + 1);

@@ -22,6 +22,7 @@ struct MethodShape {
   uint32_t kernel_calls = 0;
   uint32_t delegate_calls = 0;
   uint32_t other_instructions = 0;
+  uint32_t jumps = 0;  // of the other instructions
 };
 
 /// One call of cuda_int4::linear. Keys are those of its constants, "" where there is none.

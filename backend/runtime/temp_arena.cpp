@@ -32,8 +32,10 @@ void TempArena::reset() {
     device_.free(block_);
     block_ = static_cast<uint8_t*>(device_.allocate(needed));
     block_bytes_ = block_ == nullptr ? 0 : needed;
+    ++generation_;
   }
   used_ = 0;
+  if (on_reset_) on_reset_();
 }
 
 void TempArena::free_apart() {

@@ -4,6 +4,8 @@
 #include <executorch/runtime/core/memory_allocator.h>
 
 #include <cstddef>
+#include <functional>
+#include <utility>
 #include <vector>
 
 #include "device.h"
@@ -25,6 +27,10 @@ class TempArena final : public executorch::runtime::MemoryAllocator {
   /// One for each execution that began and each instruction that ran, a failed one too: the only
   /// place where ExecuTorch lets a caller see which instruction failed.
   size_t resets() const { return resets_; }
+  /// Called in each of them.
+  void set_on_reset(std::function<void()> on_reset) { on_reset_ = std::move(on_reset); }
+  /// Counts the blocks there have been: addresses given out under another count are stale.
+  size_t generation() const { return generation_; }
 
  private:
   void free_apart();
@@ -35,7 +41,9 @@ class TempArena final : public executorch::runtime::MemoryAllocator {
   size_t used_ = 0;  // of block_
   size_t apart_bytes_ = 0;
   size_t resets_ = 0;
+  size_t generation_ = 0;
   std::vector<void*> apart_;
+  std::function<void()> on_reset_;
 };
 
 }  // namespace cuda_int4
