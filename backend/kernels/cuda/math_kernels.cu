@@ -2,7 +2,9 @@
 #include "launch_status.cuh"
 #include "math_kernels.h"
 #include "matmul_plain.cuh"
+#include "reduce.cuh"
 #include "rms_norm.cuh"
+#include "row_kernels.cuh"
 #include "silu.cuh"
 
 namespace cuda_int4 {
@@ -41,6 +43,35 @@ Status run_matmul(const MatmulArgs& args, const ExecutionContext& context) {
   return launch_status("cuda_int4::matmul", launch_matmul_plain(args, stream_of(context)));
 }
 
+Status run_reduce(const ReduceArgs& args, const ExecutionContext& context) {
+  if (args.n_out == 0) return {};
+  const auto launch = args.reduction == Reduction::kMaximum || args.reduction == Reduction::kMinimum
+                          ? launch_reduce_extremes
+                      : args.reduction == Reduction::kVariance ? launch_reduce_moments
+                                                               : launch_reduce_sums;
+  CUDA_INT4_RETURN_IF_ERROR(
+      check_scratch("cuda_int4::reduce", context, reduce_scratch_bytes(args)));
+  return launch_status("cuda_int4::reduce", launch(args, context.scratch, stream_of(context)));
+}
+
+Status run_topk(const TopkArgs& args, const ExecutionContext& context) {
+  CUDA_INT4_RETURN_IF_ERROR(check_scratch("cuda_int4::topk", context, topk_scratch_bytes(args)));
+  return launch_status("cuda_int4::topk", launch_topk(args, context.scratch, stream_of(context)));
+}
+
+// Kernels that need nothing but their arguments and the stream.
+template <typename Args, cudaError_t (*kLaunch)(const Args&, cudaStream_t), const char* kName>
+Status run(const Args& args, const ExecutionContext& context) {
+  return launch_status(kName, kLaunch(args, stream_of(context)));
+}
+
+constexpr char kSoftmax[] = "cuda_int4::softmax";
+constexpr char kLayerNorm[] = "cuda_int4::layer_norm";
+constexpr char kGroupNorm[] = "cuda_int4::group_norm";
+constexpr char kBatchNorm[] = "cuda_int4::batch_norm";
+constexpr char kCumsum[] = "cuda_int4::cumsum";
+constexpr char kGlu[] = "cuda_int4::glu";
+
 }  // namespace
 
 const MathKernels kMathKernels = {
@@ -48,6 +79,16 @@ const MathKernels kMathKernels = {
     run_silu,
     matmul_scratch_bytes,
     run_matmul,
+    reduce_scratch_bytes,
+    run_reduce,
+    run<SoftmaxArgs, launch_softmax, kSoftmax>,
+    run<LayerNormArgs, launch_layer_norm, kLayerNorm>,
+    run<GroupNormArgs, launch_group_norm, kGroupNorm>,
+    run<BatchNormArgs, launch_batch_norm, kBatchNorm>,
+    run<CumsumArgs, launch_cumsum, kCumsum>,
+    run<GluArgs, launch_glu, kGlu>,
+    topk_scratch_bytes,
+    run_topk,
 };
 
 }  // namespace cuda_int4

@@ -4,6 +4,8 @@
 
 #include "../ops.h"
 #include "matmul.h"
+#include "reduce.h"
+#include "row_args.h"
 
 namespace cuda_int4 {
 
@@ -15,6 +17,17 @@ struct MathKernels {
   // Any real dtype; shapes and strides are the caller's to have checked.
   uint64_t (*matmul_scratch_bytes)(const MatmulArgs& args);
   Status (*matmul)(const MatmulArgs& args, const ExecutionContext& context);
+
+  uint64_t (*reduce_scratch_bytes)(const ReduceArgs& args);
+  Status (*reduce)(const ReduceArgs& args, const ExecutionContext& context);
+  Status (*softmax)(const SoftmaxArgs& args, const ExecutionContext& context);
+  Status (*layer_norm)(const LayerNormArgs& args, const ExecutionContext& context);
+  Status (*group_norm)(const GroupNormArgs& args, const ExecutionContext& context);
+  Status (*batch_norm)(const BatchNormArgs& args, const ExecutionContext& context);
+  Status (*cumsum)(const CumsumArgs& args, const ExecutionContext& context);
+  Status (*glu)(const GluArgs& args, const ExecutionContext& context);
+  uint64_t (*topk_scratch_bytes)(const TopkArgs& args);
+  Status (*topk)(const TopkArgs& args, const ExecutionContext& context);
 };
 
 extern const MathKernels kMathKernels;  // only in a build with nvcc: go through cuda_kernels()
