@@ -2,6 +2,8 @@
 
 #include <executorch/runtime/core/exec_aten/util/tensor_util.h>
 
+#include <limits>
+
 #include "errors.h"
 #include "tensor_bridge.h"
 
@@ -136,26 +138,76 @@ TensorView OpArguments::out(size_t i, const TensorView& like, int64_t last) {
   return out(i, sizes, like.ndim);
 }
 
-TensorView OpArguments::out(size_t i, const int64_t* sizes, int ndim) {
-  TensorView view = absent_view();
+size_t OpArguments::list_size(size_t i) {
   const EValue* value = at(i);
-  if (value == nullptr || ndim < 0) return view;
+  if (value == nullptr) return 0;
+  if (value->isListOptionalTensor()) {
+    auto list = value->tryToListOptionalTensor();
+    return list.ok() ? list->size() : (wrong(i, "a list of tensors"), 0);
+  }
+  auto list = value->tryToTensorList();
+  return list.ok() ? list->size() : (wrong(i, "a list of tensors"), 0);
+}
+
+TensorView OpArguments::list_tensor(size_t i, size_t j) {
+  TensorView view = absent_view();
+  if (j >= list_size(i)) return view;  // of a list that was refused there is none either
+  const EValue* value = at(i);
+  bool known = true;
+  if (value->isListOptionalTensor()) {
+    const auto& t = (*value->tryToListOptionalTensor())[j];
+    if (t.has_value()) known = view_of(*t, &view);
+  } else {
+    known = view_of((*value->tryToTensorList())[j], &view);
+  }
+  if (!known) wrong(i, "a list of tensors of known dtypes");
+  return view;
+}
+
+TensorView OpArguments::out(size_t i, const int64_t* sizes, int ndim) {
+  const EValue* value = at(i);
+  if (value == nullptr || ndim < 0) return absent_view();
   auto t = value->tryToTensor();
-  if (!t.ok()) {
-    wrong(i, "a tensor");
+  if (t.ok()) return resized(t.get(), sizes, ndim);
+  wrong(i, "a tensor");
+  return absent_view();
+}
+
+TensorView OpArguments::list_out(size_t i, size_t j, const int64_t* sizes, int ndim) {
+  const EValue* value = at(i);
+  if (value == nullptr || ndim < 0) return absent_view();
+  auto list = value->tryToTensorList();
+  if (list.ok() && j < list->size()) return resized((*list)[j], sizes, ndim);
+  wrong(i, "a list of as many tensors as the op gives");
+  return absent_view();
+}
+
+TensorView OpArguments::resized(Tensor tensor, const int64_t* sizes, int ndim) {
+  TensorView view = absent_view();
+  if (ndim > kMaxDims) {
+    set_error(fail(Error::NotSupported,
+                   "cuda_int4::%s: expected a result of at most %d dimensions, got %d", op_,
+                   kMaxDims, ndim));
     return view;
   }
   SizesType as_sizes[kMaxDims] = {0};
-  for (int d = 0; d < ndim; ++d) as_sizes[d] = SizesType(sizes[d]);
-  Tensor tensor = t.get();
-  if (executorch::runtime::resize_tensor(tensor, {as_sizes, size_t(ndim)}) != Error::Ok) {
+  bool fits = true;
+  for (int d = 0; d < ndim; ++d) {
+    fits = fits && sizes[d] >= 0 && sizes[d] <= std::numeric_limits<SizesType>::max();
+    as_sizes[d] = SizesType(sizes[d]);
+  }
+  if (!fits || executorch::runtime::resize_tensor(tensor, {as_sizes, size_t(ndim)}) != Error::Ok) {
     error_ = fail(Error::InvalidArgument,
                   "cuda_int4::%s: the result does not fit the memory planned for it; run with at "
                   "most the sizes the model was exported for",
                   op_);
     return view;
   }
-  if (!view_of(tensor, &view)) wrong(i, "a tensor of a known dtype");
+  if (!view_of(tensor, &view))
+    set_error(fail(Error::InvalidProgram,
+                   "cuda_int4::%s: expected a result of a known dtype; the .pte is damaged, export "
+                   "it again",
+                   op_));
   return view;
 }
 

@@ -49,13 +49,19 @@ class OpArguments {
   size_t integers(size_t i, int64_t* values, size_t capacity);
   /// Tensors of a list (an absent one in a list of optionals is absent), their count back.
   size_t tensors(size_t i, TensorView* views, size_t capacity);
+  /// For lists of any length: their count, and tensor j (absent if it is None).
+  size_t list_size(size_t i);
+  TensorView list_tensor(size_t i, size_t j);
 
   /// The out tensor, resized to the sizes of `like` with `last` (if >= 0) for the last dimension.
   TensorView out(size_t i, const TensorView& like, int64_t last = -1);
   /// The out tensor, resized to `sizes`.
   TensorView out(size_t i, const int64_t* sizes, int ndim);
+  /// Tensor j of a list of out tensors, resized to `sizes`.
+  TensorView list_out(size_t i, size_t j, const int64_t* sizes, int ndim);
 
  private:
+  TensorView resized(executorch::aten::Tensor tensor, const int64_t* sizes, int ndim);
   const executorch::runtime::EValue* at(size_t i) const;
   void wrong(size_t i, const char* expected);
 

@@ -41,8 +41,9 @@ Status linear_coalesced_w4a16(const LinearArgs& args, const ExecutionContext& co
 }
 
 constexpr CudaKernels kKernels = {
-    linear_coalesced_w4a16, quantize_int8, linear_coalesced_w4a8,        matmul_w4a16_scratch_bytes,
-    matmul_w4a16,           &kMathKernels, cuda_attention_scratch_bytes, cuda_attention};
+    linear_coalesced_w4a16,       quantize_int8,  linear_coalesced_w4a8,
+    matmul_w4a16_scratch_bytes,   matmul_w4a16,   &kMathKernels,
+    cuda_attention_scratch_bytes, cuda_attention, &kTensorKernels};
 
 }  // namespace
 

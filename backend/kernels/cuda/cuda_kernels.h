@@ -6,6 +6,7 @@
 
 #include "../ops.h"
 #include "math_kernels.h"
+#include "tensor_kernels.h"
 
 namespace cuda_int4 {
 
@@ -24,6 +25,7 @@ struct CudaKernels {
   // Arguments have passed validate_attention; scratch depends on shapes only.
   uint64_t (*attention_scratch_bytes)(const AttentionArgs& args);
   Status (*attention)(const AttentionArgs& args, const ExecutionContext& context);
+  const TensorKernels* tensor;  // elementwise, copies, indices: tensor_kernels.h
 };
 
 // nullptr: built without CUDA.

@@ -1,0 +1,232 @@
+// copy -- to[i] = from[i] for up to 8 pairs of views: permute, slice, expand, cat, split, flip, ...
+//
+//   operand  dtype                 shape           order in memory               align
+//   from     any                   that of its to  any strides, 0 and negative   dtype
+//   to       as wide as from's     up to 8 dims    any strides                   dtype
+//
+// Requires  each to of the sizes of its from; no to overlaps another view of the launch
+// Grid      (ceil(units / 256), pairs) blocks of 256; a thread moves one unit: 16, 8, 4, 2 or 1 bytes,
+//           the most that the rows, strides and addresses of all pairs allow
+// Bytes     reads from, writes to; a permutation that moves the innermost dimension goes by elements
+//           and reads whole sectors for them
+// Numerics  bytes are moved as they are
+// Source    own
+//
+// fill -- to[i] = start + i * step, i the row-major index; computed in float64 or int64, rounded once
+//
+// tril -- out[..., i, j] = j - i <= diagonal ? x[..., i, j] : 0; a thread per element, both contiguous
+#include "copy.cuh"
+#include "elements.cuh"
+#include "launch_status.cuh"
+#include "loop_nest.cuh"
+
+namespace cuda_int4 {
+
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kMaxParts = 8;
+
+struct DevicePart {
+  DeviceLoop<2> loop;  // to, from
+  char* to;
+  const char* from;
+};
+
+template <int kParts>
+struct CopyParams {
+  DevicePart parts[kParts];
+};
+
+template <typename Unit, int kParts>
+__global__ void __launch_bounds__(kThreads)
+    copy_kernel(const __grid_constant__ CopyParams<kParts> p) {
+  const DevicePart& part = p.parts[kParts == 1 ? 0 : blockIdx.y];
+  const uint32_t step = blockIdx.x * kThreads + threadIdx.x;
+  if (step >= part.loop.n_steps) return;
+  int64_t offsets[2];
+  part.loop.offsets(step, offsets);
+  *reinterpret_cast<Unit*>(part.to + offsets[0]) =
+      *reinterpret_cast<const Unit*>(part.from + offsets[1]);
+}
+
+/// The widest unit for all rows of `nest`, whose elements have `bytes` each.
+int64_t unit_bytes(const LoopNest& nest, int64_t bytes) {
+  for (int64_t unit = 16; unit > bytes; unit /= 2)
+    if (nest.has_vectors(0, unit / bytes, bytes, unit) &&
+        nest.has_vectors(1, unit / bytes, bytes, unit))
+      return unit;
+  return bytes;
+}
+
+template <typename Unit, int kParts>
+cudaError_t launch_units(const LoopNest* nests, int n, cudaStream_t stream) {
+  CopyParams<kParts> p = {};
+  uint32_t most = 0;
+  for (int i = 0; i < n; ++i) {
+    p.parts[i] = {nests[i].device_loop<2>(), nests[i].data[0], nests[i].data[1]};
+    if (p.parts[i].loop.n_steps > most) most = p.parts[i].loop.n_steps;
+  }
+  const dim3 grid((most + kThreads - 1) / kThreads, static_cast<unsigned>(n));
+  copy_kernel<Unit, kParts><<<grid, kThreads, 0, stream>>>(p);
+  return cudaGetLastError();
+}
+
+template <typename Unit>
+cudaError_t launch_parts(const LoopNest* nests, int n, cudaStream_t stream) {
+  return n == 1 ? launch_units<Unit, 1>(nests, n, stream)
+                : launch_units<Unit, kMaxParts>(nests, n, stream);
+}
+
+/// Up to kMaxParts nests of elements of `bytes`, in one launch.
+cudaError_t launch_nests(LoopNest* nests, int n, int64_t bytes, cudaStream_t stream) {
+  int64_t unit = 16;
+  for (int i = 0; i < n; ++i) {
+    const int64_t allowed = unit_bytes(nests[i], bytes);
+    if (allowed < unit) unit = allowed;
+  }
+  for (int i = 0; i < n; ++i) nests[i].widen(unit / bytes);
+  switch (unit) {
+    case 16:
+      return launch_parts<uint4>(nests, n, stream);
+    case 8:
+      return launch_parts<uint2>(nests, n, stream);
+    case 4:
+      return launch_parts<uint32_t>(nests, n, stream);
+    case 2:
+      return launch_parts<uint16_t>(nests, n, stream);
+    default:
+      return launch_parts<uint8_t>(nests, n, stream);
+  }
+}
+
+struct FillParams {
+  DeviceLoop<1> loop;
+  char* out;
+  int64_t first;  // index of step 0
+  Number start, step;
+  DType dtype;
+  int32_t n_bytes;
+};
+
+template <typename C>
+__global__ void __launch_bounds__(kThreads) fill_kernel(const __grid_constant__ FillParams p) {
+  const uint32_t step = blockIdx.x * kThreads + threadIdx.x;
+  if (step >= p.loop.n_steps) return;
+  int64_t offsets[1];
+  p.loop.offsets(step, offsets);
+  const int64_t i = p.first + step;
+  C value;
+  if constexpr (std::is_integral_v<C>)
+    value = p.start.as_int + i * p.step.as_int;
+  else
+    value = p.start.as_double + static_cast<double>(i) * p.step.as_double;
+  store_element<C>(p.out + offsets[0], p.dtype, p.n_bytes, value);
+}
+
+struct TrilParams {
+  int64_t n_elems;
+  FastDivisor rows, columns;
+  int64_t diagonal;
+  const char* x;
+  char* out;
+};
+
+template <typename Unit>
+__global__ void __launch_bounds__(kThreads) tril_kernel(const __grid_constant__ TrilParams p) {
+  const uint32_t i = blockIdx.x * kThreads + threadIdx.x;
+  if (i >= p.n_elems) return;
+  const uint32_t rows = p.columns.divide(i), column = i - rows * p.columns.divisor;
+  const uint32_t row = rows - p.rows.divide(rows) * p.rows.divisor;
+  const bool stays = int64_t{column} - int64_t{row} <= p.diagonal;
+  reinterpret_cast<Unit*>(p.out)[i] = stays ? reinterpret_cast<const Unit*>(p.x)[i] : Unit{};
+}
+
+bool is_float(DType dtype) { return is_float_kind(dtype) || dtype == DType::kFloat64; }
+
+}  // namespace
+
+Status launch_copy(const char* who, const CopyPart* parts, int n_parts, cudaStream_t stream) {
+  LoopNest waiting[kMaxParts];
+  int n_waiting = 0;
+  int64_t bytes = 1;
+  const auto flush = [&]() -> Status {
+    if (n_waiting == 0) return {};
+    const Status status = launch_status(who, launch_nests(waiting, n_waiting, bytes, stream));
+    n_waiting = 0;
+    return status;
+  };
+  for (int i = 0; i < n_parts; ++i) {
+    bytes = dtype_bytes(parts[i].to.dtype);
+    LoopNest nest = loop_over(parts[i].to, 2);
+    nest.set(0, parts[i].to);
+    nest.set(1, parts[i].from);
+    if (nest.n_steps() == 0) continue;
+    nest.collapse();
+    CUDA_INT4_RETURN_IF_ERROR(nest.in_pieces([&](const LoopNest& piece) -> Status {
+      waiting[n_waiting++] = piece;
+      return n_waiting == kMaxParts ? flush() : Status{};
+    }));
+  }
+  return flush();
+}
+
+Status launch_fill(const FillArgs& args, cudaStream_t stream) {
+  LoopNest nest = loop_over(args.out, 1);
+  nest.set(0, args.out);
+  if (nest.n_steps() == 0) return {};
+  const bool is_constant = args.step.as_double == 0 && args.step.as_int == 0;
+  nest.collapse();
+  if (!is_constant && nest.n_steps() > kMaxSteps)
+    return error(StatusCode::kUnsupported, "%.200s: expected at most %lld elements, got %lld",
+                 args.who, static_cast<long long>(kMaxSteps),
+                 static_cast<long long>(nest.n_steps()));
+  return nest.in_pieces([&](const LoopNest& piece) -> Status {
+    FillParams p = {piece.device_loop<1>(),
+                    piece.data[0],
+                    0,
+                    args.start,
+                    args.step,
+                    args.out.dtype,
+                    static_cast<int32_t>(dtype_bytes(args.out.dtype))};
+    const unsigned blocks = (p.loop.n_steps + kThreads - 1) / kThreads;
+    if (is_float(args.out.dtype))
+      fill_kernel<double><<<blocks, kThreads, 0, stream>>>(p);
+    else
+      fill_kernel<int64_t><<<blocks, kThreads, 0, stream>>>(p);
+    return launch_status(args.who, cudaGetLastError());
+  });
+}
+
+Status launch_tril(const TrilArgs& args, cudaStream_t stream) {
+  TrilParams p = {1,
+                  {},
+                  {},
+                  args.diagonal,
+                  static_cast<const char*>(args.x.data),
+                  static_cast<char*>(args.out.data)};
+  for (int d = 0; d < args.x.ndim; ++d) p.n_elems *= args.x.sizes[d];
+  if (p.n_elems == 0) return {};
+  if (p.n_elems > kMaxSteps)
+    return error(StatusCode::kUnsupported, "%.200s: expected at most %lld elements, got %lld",
+                 args.who, static_cast<long long>(kMaxSteps), static_cast<long long>(p.n_elems));
+  p.rows = FastDivisor::of(static_cast<uint32_t>(args.x.sizes[args.x.ndim - 2]));
+  p.columns = FastDivisor::of(static_cast<uint32_t>(args.x.sizes[args.x.ndim - 1]));
+  const unsigned blocks = static_cast<unsigned>((p.n_elems + kThreads - 1) / kThreads);
+  switch (dtype_bytes(args.x.dtype)) {
+    case 8:
+      tril_kernel<uint2><<<blocks, kThreads, 0, stream>>>(p);
+      break;
+    case 4:
+      tril_kernel<uint32_t><<<blocks, kThreads, 0, stream>>>(p);
+      break;
+    case 2:
+      tril_kernel<uint16_t><<<blocks, kThreads, 0, stream>>>(p);
+      break;
+    default:
+      tril_kernel<uint8_t><<<blocks, kThreads, 0, stream>>>(p);
+  }
+  return launch_status(args.who, cudaGetLastError());
+}
+
+}  // namespace cuda_int4

@@ -1,0 +1,33 @@
+// How a kernel notes a value that it could not use; tensor_view.h DeviceFault.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "../tensor_view.h"
+
+namespace cuda_int4 {
+
+// What a kernel needs of the ExecutionContext for it.
+struct FaultNote {
+  DeviceFault* fault;  // nullptr: nobody asks
+  uint32_t op_index;
+};
+
+inline FaultNote fault_note(const ExecutionContext& context) {
+  return {context.fault, context.op_index};
+}
+
+constexpr int32_t kIndexOutOfRange = 1;
+
+// The first one of all kernels stays.
+__device__ __noinline__ inline void note_fault(const FaultNote& note, int64_t value,
+                                               int64_t limit) {
+  if (note.fault == nullptr) return;
+  if (atomicCAS_system(&note.fault->kind, 0, kIndexOutOfRange) != 0) return;
+  note.fault->op_index = note.op_index;
+  note.fault->value = value;
+  note.fault->limit = limit;
+  __threadfence_system();
+}
+
+}  // namespace cuda_int4
