@@ -143,6 +143,33 @@ class SiluArgs(ctypes.Structure):
     _fields_ = [("x", TensorView), ("y", TensorView)]
 
 
+class ModelOptions(ctypes.Structure):
+    """runtime/c_api.h cuda_int4_model_options."""
+
+    _fields_ = [
+        ("device", c_char_p),
+        ("verify", c_int32),
+        ("cuda_graph", c_int32),
+        ("on_callers_stream", c_int32),
+        ("cuda_stream", c_void_p),
+    ]
+
+
+class DeviceUse(ctypes.Structure):
+    """runtime/c_api.h cuda_int4_device_use."""
+
+    _fields_ = [
+        ("device", ctypes.c_char * 32),
+        ("device_bytes", c_uint64),
+        ("peak_device_bytes", c_uint64),
+        ("uploaded_bytes", c_uint64),
+        ("upload_s", c_double),
+        ("eager_runs", c_uint64),
+        ("captures", c_uint64),
+        ("replays", c_uint64),
+    ]
+
+
 class DecodeInfo(ctypes.Structure):
     """runtime/c_api.h cuda_int4_decode_info."""
 
@@ -187,6 +214,7 @@ class GenerateStats(ctypes.Structure):
         ("prompt_tokens", c_int64),
         ("new_tokens", c_int64),
         ("peak_memory_bytes", c_uint64),
+        ("peak_device_memory_bytes", c_uint64),
         ("stop_reason", c_int32),
     ]
 
@@ -212,6 +240,8 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "rms_norm": (c_int32, [POINTER(RmsNormArgs), c_int32, c_void_p]),
     "silu": (c_int32, [POINTER(SiluArgs), c_int32, c_void_p]),
     "model_open": (c_int32, [c_char_p, c_char_p, c_char_p, c_int32, POINTER(c_void_p)]),
+    "model_open_with": (c_int32, [c_char_p, c_char_p, POINTER(ModelOptions), POINTER(c_void_p)]),
+    "model_device_use": (c_int32, [c_void_p, POINTER(DeviceUse)]),
     "model_close": (None, [c_void_p]),
     "model_forward": (
         c_int32,
@@ -426,9 +456,11 @@ __all__ = [
     "AttentionArgs",
     "CudaInt4Error",
     "DecodeInfo",
+    "DeviceUse",
     "GenerateConfig",
     "GenerateStats",
     "LinearArgs",
+    "ModelOptions",
     "PrefillCallback",
     "RmsNormArgs",
     "SiluArgs",

@@ -34,7 +34,11 @@ class DecodeInfo:
 
 @dataclass(frozen=True)
 class GenerationStats:
-    """Times of one generation; seconds, bytes, tokens per second (0 where nothing was timed)."""
+    """Times of one generation; seconds, bytes, tokens per second (0 where nothing was timed).
+
+    ``peak_memory_bytes`` is the process's, ``peak_device_memory_bytes`` the model's on the GPU (on
+    the CPU 0).
+    """
 
     stop_reason: str
     prompt_tokens: int
@@ -46,6 +50,7 @@ class GenerationStats:
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
     peak_memory_bytes: int
+    peak_device_memory_bytes: int
 
     @classmethod
     def from_native(cls, native: _native.GenerateStats) -> "GenerationStats":
@@ -62,12 +67,15 @@ class GenerationStats:
             prefill_tokens_per_s=_rate(native.prompt_tokens, native.prefill_s),
             decode_tokens_per_s=_rate(n_decoded, native.decode_s),
             peak_memory_bytes=native.peak_memory_bytes,
+            peak_device_memory_bytes=native.peak_device_memory_bytes,
         )
 
     def __str__(self) -> str:
         """The lines that cuda-int4-decode prints."""
+        gpu = self.peak_device_memory_bytes / 2**20
         return (
-            f"load {self.load_s:.2f} s, peak memory {self.peak_memory_bytes / 2**20:.1f} MiB\n"
+            f"load {self.load_s:.2f} s, peak memory {self.peak_memory_bytes / 2**20:.1f} MiB"
+            f"{f', {gpu:.1f} MiB on the GPU' if gpu else ''}\n"
             f"prompt {self.prompt_tokens} tokens, {self.prefill_tokens_per_s:.1f} tokens/s, "
             f"first token after {self.time_to_first_token_s:.3f} s\n"
             f"decoded {self.new_tokens} tokens, {self.decode_tokens_per_s:.1f} tokens/s, "

@@ -17,6 +17,7 @@ import os
 import re
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from . import _native
@@ -29,6 +30,32 @@ if TYPE_CHECKING:
 
 BACKEND_ID = "CudaInt4Backend"
 _DTYPE_NAMES = {number: name for name, number in _native.DTYPE_NUMBERS.items()}
+
+
+@dataclass(frozen=True)
+class DeviceUse:
+    """What a model has done on its device so far.
+
+    Attributes:
+        device: "cpu", "cuda:0"; "" for a model of which nothing was delegated. All else is 0 on the
+            CPU.
+        device_bytes: of device memory, allocated now.
+        peak_device_bytes: the most it ever was.
+        uploaded_bytes: of constants, in ``upload_s`` seconds.
+        upload_s: see ``uploaded_bytes``.
+        eager_runs: calls whose kernels were launched one by one.
+        captures: CUDA graphs made.
+        replays: calls that were the launch of one.
+    """
+
+    device: str
+    device_bytes: int
+    peak_device_bytes: int
+    uploaded_bytes: int
+    upload_s: float
+    eager_runs: int
+    captures: int
+    replays: int
 
 
 class Model:
@@ -115,6 +142,14 @@ class Model:
 
         return generate_tokens(self, prompt, **options)
 
+    def device_use(self) -> DeviceUse:
+        """Where the model runs, and what it has done there."""
+        native = _native.DeviceUse()
+        with self._lock:
+            check(library().model_device_use(self.handle, ctypes.byref(native)))
+        values = {name: getattr(native, name) for name, *_ in native._fields_}
+        return DeviceUse(**{**values, "device": native.device.decode()})
+
     def reset(self) -> None:
         """Zero every mutable buffer (KV caches): a new conversation."""
         with self._lock:
@@ -160,16 +195,25 @@ def load(
     data_path: str | os.PathLike[str] | None = None,
     device: str = "auto",
     verify: bool = True,
+    *,
+    cuda_graph: bool = True,
+    cuda_stream: int | None = None,
 ) -> Model:
     """Open a ``.pte`` and make sure that this build can run all of it.
 
     Args:
         path: the ``.pte``.
         data_path: its ``.ptd``, where the weights were exported apart.
-        device: "auto", "cuda" or "cpu". The environment variable CUDA_INT4_DEVICE takes the place
-            of "auto".
+        device: "auto", "cpu", "cuda" or "cuda:1". The environment variable CUDA_INT4_DEVICE takes
+            the place of "auto", which is CUDA where a GPU answers and has a kernel of every op,
+            else the CPU.
         verify: compare the checksums of all bytes. Without it the constants are trusted; the
             program and its header are always checked.
+        cuda_graph: on a GPU, replay a CUDA graph from the second call on with inputs of the same
+            sizes. CUDA_INT4_CUDA_GRAPH=0 in the environment turns it off, too.
+        cuda_stream: the ``cudaStream_t`` to work on, as a number
+            (``torch.cuda.current_stream().cuda_stream``), alive as long as the model. None: each
+            method has a stream of its own.
 
     Raises:
         CudaInt4Error: the file is damaged, truncated, of another version, or needs what this build
@@ -181,14 +225,10 @@ def load(
         if encoded is not None and b"\0" in encoded:  # C would open what stands before it
             raise ValueError(f"load: expected a path without NUL, got {encoded!r}; correct it")
     handle = ctypes.c_void_p()
-    check(
-        library().model_open(
-            *paths,
-            device.encode(),
-            int(verify),
-            ctypes.byref(handle),
-        )
+    options = _native.ModelOptions(
+        device.encode(), verify, cuda_graph, cuda_stream is not None, cuda_stream
     )
+    check(library().model_open_with(*paths, ctypes.byref(options), ctypes.byref(handle)))
     if handle.value is None:
         raise CudaInt4Error(1, f"{os.fspath(path)}: expected a handle, got none")
     return Model(os.fspath(path), handle.value)

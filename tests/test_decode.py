@@ -173,7 +173,7 @@ def test_json_is_one_object_with_everything(history):
     assert set(result) == {
         "tokens", "text", "stop_reason", "prompt_tokens", "new_tokens", "load_s", "prefill_s",
         "decode_s", "time_to_first_token_s", "prefill_tokens_per_s", "decode_tokens_per_s",
-        "peak_memory_bytes",
+        "peak_memory_bytes", "peak_device_memory_bytes",
     }  # fmt: skip
     assert result["prompt_tokens"] == 8 and result["new_tokens"] == len(result["tokens"]) == 57
     assert 0 < result["prefill_s"] <= result["time_to_first_token_s"] < TIMEOUT_S
@@ -280,7 +280,10 @@ def test_ctrl_c_with_json_still_gives_the_object(endless):
         (["m.pte", "--prompt", "a", "--top-p", "1.01"], "top_p: expected 0 < top_p <= 1"),
         (["m.pte", "--prompt", "a", "--top-k", "-3"], "--top-k: expected an integer >= 0"),
         (["m.pte", "--prompt", "a", "--threads", "0"], "--threads: expected an integer >= 1"),
-        (["m.pte", "--prompt", "a", "--device", "tpu"], "--device: expected auto, cpu or cuda"),
+        (
+            ["m.pte", "--prompt", "a", "--device", "tpu"],
+            "--device: expected auto, cpu, cuda or cuda:N",
+        ),
         (["m.pte", "--prompt", "a", "--loud"], "unrecognized option '--loud'"),
         (["m.pte", "--prompt"], "option '--prompt' requires an argument"),
     ],

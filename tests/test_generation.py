@@ -359,7 +359,7 @@ def test_run_with_a_tokenizer_file(history_path, tmp_path, capsys):
         (["--prompt", "a", "--top-p", "0"], "expected 0 < P <= 1, got '0'"),
         (["--prompt", "a", "--temperature", "inf"], "expected a number >= 0, got 'inf'"),
         (["--prompt", "a", "--max-new", "0"], "expected an integer >= 1, got '0'"),
-        (["--prompt", "a", "--device", "tpu"], "invalid choice"),
+        (["--prompt", "a", "--device", "tpu"], "expected auto, cpu, cuda or cuda:N"),
     ],
 )
 def test_run_refuses_a_wrong_command_line(options, reason, capsys):

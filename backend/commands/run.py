@@ -8,6 +8,7 @@ import argparse
 import io
 import json
 import math
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -53,6 +54,12 @@ def _number(accepts: Callable[[float], bool], expected: str) -> Callable[[str], 
         return value
 
     return parse
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"expected auto, cpu, cuda or cuda:N, got {text!r}")
+    return text
 
 
 def _token_list(text: str) -> list[int]:
@@ -138,7 +145,16 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
     machine = parser.add_argument_group("model and machine")
     machine.add_argument("--data", metavar="FILE.ptd", help="weights exported into a file apart")
-    machine.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    machine.add_argument(
+        "--device",
+        type=_device,
+        default="auto",
+        metavar="NAME",
+        help="auto, cpu, cuda or cuda:N (default: auto, a GPU if there is one)",
+    )
+    machine.add_argument(
+        "--no-cuda-graph", action="store_true", help="on a GPU, launch kernel by kernel always"
+    )
     machine.add_argument(
         "--no-verify",
         action="store_true",
@@ -165,7 +181,13 @@ def run_command(args: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(args.tokenizer)
     if args.threads is not None:
         _native.check(_native.library().set_num_threads(args.threads))
-    model = load(args.model, args.data, device=args.device, verify=not args.no_verify)
+    model = load(
+        args.model,
+        args.data,
+        device=args.device,
+        verify=not args.no_verify,
+        cuda_graph=not args.no_cuda_graph,
+    )
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character
     options: dict[str, Any] = {

@@ -62,8 +62,21 @@ CUDA_INT4_API int32_t cuda_int4_silu(const cuda_int4::SiluArgs* args, int32_t de
 
 // ---- a loaded .pte ----
 struct cuda_int4_model;
-// data_path: nullptr or a .ptd; device: "auto" | "cuda" | "cpu"; verify: 0 skips every checksum over
-// constants (the program itself is always checked). *out is set on success only.
+struct cuda_int4_model_options {
+  // "auto" | "cpu" | "cuda" | "cuda:<index>"; nullptr is "auto": the environment variable
+  // CUDA_INT4_DEVICE, else CUDA where a GPU answers and has a kernel of every op, else the CPU.
+  const char* device;
+  int32_t verify;             // 0 skips checksums over constants (the program is always checked)
+  int32_t cuda_graph;         // 0 launches kernel by kernel, where else calls of a size seen before
+                              // replay a CUDA graph (CUDA_INT4_CUDA_GRAPH=0 does the same)
+  int32_t on_callers_stream;  // 1: work on cuda_stream, else each method on a stream of its own
+  void* cuda_stream;          // a cudaStream_t that outlives the model; nullptr: the default stream
+};
+// data_path: nullptr or a .ptd. *out is set on success only.
+CUDA_INT4_API int32_t cuda_int4_model_open_with(const char* path, const char* data_path,
+                                                const cuda_int4_model_options* options,
+                                                cuda_int4_model** out);
+// The same with the options that most callers have.
 CUDA_INT4_API int32_t cuda_int4_model_open(const char* path, const char* data_path,
                                            const char* device, int32_t verify,
                                            cuda_int4_model** out);
@@ -81,6 +94,19 @@ CUDA_INT4_API int32_t cuda_int4_model_output(cuda_int4_model* model, uint64_t in
 CUDA_INT4_API const char* cuda_int4_model_methods(cuda_int4_model* model);
 // Zeroes every mutable buffer (KV caches): a new conversation.
 CUDA_INT4_API int32_t cuda_int4_model_reset(cuda_int4_model* model);
+
+// What a model has done on its device so far: device_use.h.
+struct cuda_int4_device_use {
+  char device[32];
+  uint64_t device_bytes;
+  uint64_t peak_device_bytes;
+  uint64_t uploaded_bytes;
+  double upload_s;
+  uint64_t eager_runs;
+  uint64_t captures;
+  uint64_t replays;
+};
+CUDA_INT4_API int32_t cuda_int4_model_device_use(cuda_int4_model* model, cuda_int4_device_use* out);
 
 // ---- the decode loop (decoder.h) ----
 // Called with every token as it is chosen; non-zero ends the generation.
@@ -115,10 +141,11 @@ struct cuda_int4_generate_stats {
   double prefill_s;
   double decode_s;
   double time_to_first_token_s;
-  int64_t prompt_tokens;       // read; fewer than given only if on_prefill ended it
-  int64_t new_tokens;          // chosen, a stop token included
-  uint64_t peak_memory_bytes;  // of the process
-  int32_t stop_reason;         // 0 max_new_tokens, 1 stop token, 2 end of context, 3 the callback
+  int64_t prompt_tokens;              // read; fewer than given only if on_prefill ended it
+  int64_t new_tokens;                 // chosen, a stop token included
+  uint64_t peak_memory_bytes;         // of the process
+  uint64_t peak_device_memory_bytes;  // of the model; 0 on the CPU
+  int32_t stop_reason;  // 0 max_new_tokens, 1 stop token, 2 end of context, 3 the callback
 };
 // start_pos: tokens already in the cache; 0 is a new conversation and resets the model. The last token
 // chosen has not been through the model: to go on, start_pos += prompt_tokens + new_tokens - 1, and the

@@ -32,6 +32,7 @@ void copy_stats(const GenerateStats& from, const Model& model, cuda_int4_generat
   to->prompt_tokens = from.prompt_tokens;
   to->new_tokens = from.new_tokens;
   to->peak_memory_bytes = peak_memory_bytes();
+  to->peak_device_memory_bytes = from.peak_device_memory_bytes;
   to->stop_reason = int32_t(from.stop_reason);
 }
 

@@ -17,10 +17,23 @@ Error check_handle(const cuda_int4_model* model) {
 
 int32_t cuda_int4_model_open(const char* path, const char* data_path, const char* device,
                              int32_t verify, cuda_int4_model** out) {
+  const cuda_int4_model_options options = {device, verify, 1, 0, nullptr};
+  return cuda_int4_model_open_with(path, data_path, &options, out);
+}
+
+int32_t cuda_int4_model_open_with(const char* path, const char* data_path,
+                                  const cuda_int4_model_options* options, cuda_int4_model** out) {
   return guarded([&]() -> Error {
-    if (out == nullptr) return fail(Error::InvalidArgument, "model_open: out is nullptr");
+    if (options == nullptr || out == nullptr)
+      return fail(Error::InvalidArgument, "model_open: options or out is nullptr");
+    ModelOptions model_options;
+    if (options->device != nullptr) model_options.device = options->device;
+    model_options.verify = options->verify != 0;
+    model_options.cuda_graph = options->cuda_graph != 0;
+    model_options.on_callers_stream = options->on_callers_stream != 0;
+    model_options.cuda_stream = options->cuda_stream;
     auto handle = std::make_unique<cuda_int4_model>();
-    const Error error = Model::open(path, data_path, device, verify != 0, &handle->model);
+    const Error error = Model::open(path, data_path, model_options, &handle->model);
     if (error != Error::Ok) return error;
     for (const std::string& method : handle->model->methods()) handle->methods += method + "\n";
     *out = handle.release();
@@ -57,5 +70,18 @@ int32_t cuda_int4_model_reset(cuda_int4_model* model) {
   return guarded([&]() -> Error {
     const Error error = check_handle(model);
     return error != Error::Ok ? error : model->model->reset();
+  });
+}
+
+int32_t cuda_int4_model_device_use(cuda_int4_model* model, cuda_int4_device_use* out) {
+  return guarded([&]() -> Error {
+    const Error error = check_handle(model);
+    if (error != Error::Ok) return error;
+    if (out == nullptr) return fail(Error::InvalidArgument, "device_use: out is nullptr");
+    const DeviceUse use = model->model->device_use();
+    *out = {{0},          use.device_bytes, use.peak_device_bytes, use.uploaded_bytes,
+            use.upload_s, use.eager_runs,   use.captures,          use.replays};
+    use.device.copy(out->device, sizeof(out->device) - 1);
+    return Error::Ok;
   });
 }

@@ -226,13 +226,26 @@ class CudaDevice final : public Device {
     cudaFreeHost(pointer);
     cudaGetLastError();
   }
-  bool is_page_locked(const void* pointer) const override {
+  bool page_lock(void* memory, size_t nbytes) override {
     const DeviceScope scope(*this);
-    cudaPointerAttributes attributes{};
-    if (cudaPointerGetAttributes(&attributes, pointer) == cudaSuccess)
-      return attributes.type == cudaMemoryTypeHost;
+    if (cudaHostRegister(memory, nbytes, cudaHostRegisterPortable) == cudaSuccess) return true;
     cudaGetLastError();
     return false;
+  }
+  void undo_page_lock(void* memory) override {
+    const DeviceScope scope(*this);
+    cudaHostUnregister(memory);
+    cudaGetLastError();
+  }
+  bool is_page_locked(const void* pointer, size_t nbytes) const override {
+    const DeviceScope scope(*this);
+    const auto* bytes = static_cast<const uint8_t*>(pointer);
+    for (const uint8_t* at : {bytes, bytes + (nbytes == 0 ? 0 : nbytes - 1)}) {
+      cudaPointerAttributes attributes{};
+      if (cudaPointerGetAttributes(&attributes, at) != cudaSuccess) cudaGetLastError();
+      if (attributes.type != cudaMemoryTypeHost) return false;
+    }
+    return true;
   }
 
   Error upload(void* to, const void* host, size_t nbytes) override {

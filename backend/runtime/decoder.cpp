@@ -254,6 +254,14 @@ Error Decoder::forward(const int64_t* tokens, int64_t n, TensorView* logits) {
 Error Decoder::generate(const int64_t* prompt, int64_t n_prompt, const GenerateConfig& config,
                         const GenerateCallbacks& callbacks, GenerateStats* stats) {
   *stats = GenerateStats();
+  const Error error = generate_tokens(prompt, n_prompt, config, callbacks, stats);
+  stats->peak_device_memory_bytes = model_.device_use().peak_device_bytes;
+  return error;
+}
+
+Error Decoder::generate_tokens(const int64_t* prompt, int64_t n_prompt,
+                               const GenerateConfig& config, const GenerateCallbacks& callbacks,
+                               GenerateStats* stats) {
   Error error = fail(validate_sampler_config(config.sampler));
   if (error == Error::Ok) error = check_prompt(prompt, n_prompt);
   if (error != Error::Ok) return error;

@@ -62,11 +62,12 @@ enum class StopReason : int32_t {  // the numbers of cuda_int4_generate_stats.st
 };
 
 struct GenerateStats {
-  double prefill_s = 0;              // reading the prompt
-  double decode_s = 0;               // from the first new token to the last
-  double time_to_first_token_s = 0;  // from the call; 0 if there was none
-  int64_t prompt_tokens = 0;         // read
-  int64_t new_tokens = 0;            // chosen
+  double prefill_s = 0;                   // reading the prompt
+  double decode_s = 0;                    // from the first new token to the last
+  double time_to_first_token_s = 0;       // from the call; 0 if there was none
+  int64_t prompt_tokens = 0;              // read
+  int64_t new_tokens = 0;                 // chosen
+  uint64_t peak_device_memory_bytes = 0;  // of the model's; 0 on the CPU
   StopReason stop_reason = StopReason::kMaxNewTokens;
 
   // 0 where nothing was timed. The first new token comes out of the prefill.
@@ -100,6 +101,10 @@ class CUDA_INT4_EXPORT Decoder {
 
   executorch::runtime::Error read_metadata();
   executorch::runtime::Error check_signature();
+  executorch::runtime::Error generate_tokens(const int64_t* prompt, int64_t n_prompt,
+                                             const GenerateConfig& config,
+                                             const GenerateCallbacks& callbacks,
+                                             GenerateStats* stats);
   executorch::runtime::Error check_prompt(const int64_t* prompt, int64_t n_prompt) const;
   // Runs the model on tokens[0, n) at position_; *logits is then the last token's, [V].
   executorch::runtime::Error forward(const int64_t* tokens, int64_t n, TensorView* logits);

@@ -229,7 +229,7 @@ Error DelegateMethod::execute_staged(Args inputs, Args outputs) {
   for (size_t i = 0; i < outputs.size(); ++i) {
     if (!outputs_[i].is_tensor) continue;
     Tensor& to = outputs[i]->toTensor();
-    if (to.nbytes() > 0 && !device_->is_page_locked(to.const_data_ptr()))
+    if (to.nbytes() > 0 && !device_->is_page_locked(to.const_data_ptr(), to.nbytes()))
       std::memcpy(to.mutable_data_ptr(), outputs_[i].staged.host, to.nbytes());
   }
   return Error::Ok;
@@ -344,7 +344,7 @@ Error DelegateMethod::download(const std::vector<SettledOutput>& results, Args o
     if (result.nbytes == 0) continue;
     void* host = to.mutable_data_ptr();
     if (host == nullptr || result.data == nullptr) return no_output_memory(i);
-    if (!device_->is_page_locked(host)) {
+    if (!device_->is_page_locked(host, result.nbytes)) {
       error = stage_host(result.nbytes, &outputs_[i].staged);
       if (error != Error::Ok) return error;
       host = outputs_[i].staged.host;

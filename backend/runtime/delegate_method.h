@@ -23,22 +23,11 @@
 #include "blob.h"
 #include "constants.h"
 #include "device.h"
+#include "device_use.h"
 #include "settled_shapes.h"
 #include "temp_arena.h"
 
 namespace cuda_int4 {
-
-// What a method has done on its device.
-struct DeviceUse {
-  std::string device;         // "cpu", "cuda:0"
-  uint64_t device_bytes = 0;  // allocated now; 0 on the CPU, as is all below
-  uint64_t peak_device_bytes = 0;
-  uint64_t uploaded_bytes = 0;  // of constants
-  double upload_s = 0;
-  uint64_t eager_runs = 0;
-  uint64_t captures = 0;
-  uint64_t replays = 0;
-};
 
 class DelegateMethod {
  public:

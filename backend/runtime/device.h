@@ -51,8 +51,12 @@ class Device {
   /// Host memory that async transfers read and write without a copy between.
   virtual void* allocate_host(size_t nbytes) = 0;
   virtual void free_host(void* pointer) = 0;
+  /// Makes host memory of anybody's as if it came from allocate_host, until undo_page_lock. False
+  /// where it cannot, or need not.
+  virtual bool page_lock(void*, size_t) { return false; }
+  virtual void undo_page_lock(void*) {}
   /// Whether transfers can read and write it without a copy between, whoever allocated it.
-  virtual bool is_page_locked(const void*) const { return true; }
+  virtual bool is_page_locked(const void*, size_t) const { return true; }
 
   virtual executorch::runtime::Error upload(void* to, const void* host, size_t nbytes) = 0;
   virtual executorch::runtime::Error download(void* host, const void* from, size_t nbytes) = 0;

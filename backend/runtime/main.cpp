@@ -65,7 +65,8 @@ how tokens are chosen
 
 model and machine
   --data FILE.ptd      the weights, if they were exported into a file of their own
-  --device NAME        auto (default), cpu or cuda
+  --device NAME        auto (default), cpu, cuda or cuda:N
+  --no-cuda-graph      on a GPU, launch kernel by kernel always
   --no-verify          skip the checksums over the weights: a faster start, damage not noticed
   --threads N          CPU threads (default: one per physical core)
 
@@ -96,6 +97,7 @@ struct Options {
   bool print_tokens = false;
   bool json = false;
   bool verify = true;
+  bool cuda_graph = true;
   bool verbose = false;
   int64_t threads = 0;
   cuda_int4::GenerateConfig config;
@@ -182,6 +184,7 @@ enum Option : int {
   kSeed,
   kData,
   kDevice,
+  kNoCudaGraph,
   kNoVerify,
   kThreads,
   kPrintTokens,
@@ -204,6 +207,7 @@ const struct option kLongOptions[] = {
     {"seed", required_argument, nullptr, kSeed},
     {"data", required_argument, nullptr, kData},
     {"device", required_argument, nullptr, kDevice},
+    {"no-cuda-graph", no_argument, nullptr, kNoCudaGraph},
     {"no-verify", no_argument, nullptr, kNoVerify},
     {"threads", required_argument, nullptr, kThreads},
     {"print-tokens", no_argument, nullptr, kPrintTokens},
@@ -255,6 +259,9 @@ void apply_option(int option, const char* value, Options* options) {
       return;
     case kNoVerify:
       options->verify = false;
+      break;
+    case kNoCudaGraph:
+      options->cuda_graph = false;
       return;
     case kThreads:
       options->threads = parse_int("--threads", value, 1, 1024);
@@ -292,8 +299,11 @@ Options parse_options(int argc, char** argv) {
   }
   if (!options.have_prompt) usage_error("expected one of --prompt, --prompt-file and --tokens");
   const std::string& device = options.device;
-  if (device != "auto" && device != "cpu" && device != "cuda") {
-    usage_error("--device: expected auto, cpu or cuda, got '" + device + "'");
+  const bool is_gpu =
+      device == "cuda" || (device.size() > 5 && device.compare(0, 5, "cuda:") == 0 &&
+                           device.find_first_not_of("0123456789", 5) == std::string::npos);
+  if (device != "auto" && device != "cpu" && !is_gpu) {
+    usage_error("--device: expected auto, cpu, cuda or cuda:N, got '" + device + "'");
   }
   const cuda_int4::Status status = validate_sampler_config(options.config.sampler);
   if (!status.ok()) usage_error(status.message);
@@ -336,8 +346,11 @@ int run(const Options& options) {
   std::unique_ptr<Model> model;
   const char* path = options.model_path.c_str();
   const char* data_path = options.data_path.empty() ? nullptr : options.data_path.c_str();
-  if (Model::open(path, data_path, options.device.c_str(), options.verify, &model) != Error::Ok)
-    return fail();
+  cuda_int4::ModelOptions model_options;
+  model_options.device = options.device;
+  model_options.verify = options.verify;
+  model_options.cuda_graph = options.cuda_graph;
+  if (Model::open(path, data_path, model_options, &model) != Error::Ok) return fail();
   std::unique_ptr<Decoder> decoder;
   if (Decoder::create(*model, &decoder) != Error::Ok) return fail();
   const double load_s = seconds_since(start);

@@ -65,7 +65,7 @@ Error Model::Impl::open_files(const char* path, const char* data_path, bool veri
     source.data = &*data;
   }
   // A verified seal covers the constants: no second pass over them.
-  source.verify_constants = verify && !all_verified;
+  source.options.verify = verify && !all_verified;
 
   pte_loader.emplace(pte.data(), pte_body.nbytes);
   auto loaded = Program::load(&*pte_loader, Program::Verification::InternalConsistency);
@@ -99,13 +99,21 @@ Model::~Model() = default;
 
 Error Model::open(const char* path, const char* data_path, const char* device, bool verify,
                   std::unique_ptr<Model>* out) {
+  ModelOptions options;
+  if (device != nullptr) options.device = device;
+  options.verify = verify;
+  return open(path, data_path, options, out);
+}
+
+Error Model::open(const char* path, const char* data_path, const ModelOptions& options,
+                  std::unique_ptr<Model>* out) {
   const auto start = std::chrono::steady_clock::now();
   executorch::runtime::runtime_init();
   if (path == nullptr || out == nullptr)
     return fail(Error::InvalidArgument, "Model::open: path and out must not be nullptr");
   auto impl = std::make_unique<Impl>();
-  impl->source = {nullptr, nullptr, nullptr, device == nullptr ? "auto" : device, verify};
-  Error error = impl->open_files(path, data_path, verify);
+  impl->source.options = options;
+  Error error = impl->open_files(path, data_path, options.verify);
   if (error == Error::Ok) error = impl->open_methods();
   if (error != Error::Ok) return error;
   impl->load_seconds =
@@ -171,6 +179,23 @@ Error Model::reset() {
     if (error != Error::Ok) return error;
   }
   return Error::Ok;
+}
+
+DeviceUse Model::device_use() const {
+  DeviceUse sum;
+  for (const auto& method : impl_->methods)
+    for (DelegateMethod* delegate : method->delegates()) {
+      const DeviceUse use = delegate->device_use();
+      if (sum.device.empty()) sum.device = use.device;
+      sum.device_bytes += use.device_bytes;
+      sum.peak_device_bytes += use.peak_device_bytes;
+      sum.uploaded_bytes += use.uploaded_bytes;
+      sum.upload_s += use.upload_s;
+      sum.eager_runs += use.eager_runs;
+      sum.captures += use.captures;
+      sum.replays += use.replays;
+    }
+  return sum;
 }
 
 double Model::load_seconds() const { return impl_->load_seconds; }

@@ -20,14 +20,32 @@
 #include <vector>
 
 #include "../kernels/tensor_view.h"
+#include "device_use.h"
 #include "visibility.h"
 
 namespace cuda_int4 {
 
+struct ModelOptions {
+  /// "auto" | "cpu" | "cuda" | "cuda:<index>". The environment variable CUDA_INT4_DEVICE takes the
+  /// place of "auto", which is CUDA where a GPU answers and has a kernel of every op, else the CPU.
+  std::string device = "auto";
+  /// False skips every checksum over constants; programs and their headers are always checked.
+  bool verify = true;
+  /// From the second call on with the same sizes of inputs, replay a CUDA graph of the first. False,
+  /// or CUDA_INT4_CUDA_GRAPH=0 in the environment, launches kernel by kernel always.
+  bool cuda_graph = true;
+  /// Work on cuda_stream, a cudaStream_t (nullptr: the legacy default stream) that outlives the
+  /// model. Else each method has a stream of its own.
+  bool on_callers_stream = false;
+  void* cuda_stream = nullptr;
+};
+
 class CUDA_INT4_EXPORT Model {
  public:
-  /// data_path: nullptr or a .ptd. device: "auto" | "cuda" | "cpu". verify: false skips every
-  /// checksum over constants; programs and their headers are always checked. *out: on Ok only.
+  /// data_path: nullptr or a .ptd. *out: on Ok only.
+  static executorch::runtime::Error open(const char* path, const char* data_path,
+                                         const ModelOptions& options, std::unique_ptr<Model>* out);
+  /// The two options that most callers have; nullptr is "auto".
   static executorch::runtime::Error open(const char* path, const char* data_path,
                                          const char* device, bool verify,
                                          std::unique_ptr<Model>* out);
@@ -56,6 +74,8 @@ class CUDA_INT4_EXPORT Model {
   /// Zeroes every mutable buffer (KV caches): a new conversation.
   executorch::runtime::Error reset();
 
+  /// Of all its methods together.
+  DeviceUse device_use() const;
   /// Seconds that open() took.
   double load_seconds() const;
 

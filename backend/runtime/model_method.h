@@ -13,6 +13,7 @@
 
 #include "../kernels/tensor_view.h"
 #include "delegate.h"
+#include "model.h"
 #include "program_check.h"
 #include "temp_arena.h"
 
@@ -21,11 +22,10 @@ namespace cuda_int4 {
 class ModelMethod {
  public:
   struct Source {
-    const void* program_data;  // what `program` was loaded from, past check_program
-    const executorch::runtime::Program* program;
-    const executorch::runtime::NamedDataMap* data;  // the .ptd, or nullptr
-    std::string device;
-    bool verify_constants;
+    const void* program_data = nullptr;  // what `program` was loaded from, past check_program
+    const executorch::runtime::Program* program = nullptr;
+    const executorch::runtime::NamedDataMap* data = nullptr;  // the .ptd, or nullptr
+    ModelOptions options;                                     // verify: the constants
   };
 
   /// `source` outlives the result.
@@ -44,6 +44,7 @@ class ModelMethod {
   executorch::runtime::Error forward(const TensorView* inputs, size_t n);
   executorch::runtime::Error output(size_t i, TensorView* out);
   executorch::runtime::Error reset();
+  const std::vector<DelegateMethod*>& delegates() const { return delegates_; }
 
  private:
   struct Input {
@@ -66,6 +67,8 @@ class ModelMethod {
   ModelMethod(const Source& source, const MethodShape& shape);
   executorch::runtime::Error open();
   executorch::runtime::Error describe();
+  void page_lock();
+  void undo_page_locks();
   executorch::runtime::Error check_apart(size_t i, const TensorView& view) const;
   executorch::runtime::Error set_input(size_t i, const TensorView& view);
 
@@ -82,6 +85,7 @@ class ModelMethod {
   std::optional<executorch::runtime::MemoryManager> memory_;
   std::optional<executorch::runtime::Method> method_;
   std::vector<DelegateMethod*> delegates_;  // of method_
+  std::vector<void*> page_locked_;          // memory that delegates_[0]'s device page-locked
   std::vector<Input> inputs_;
   std::vector<Output> outputs_;
 };

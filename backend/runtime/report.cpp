@@ -65,7 +65,10 @@ uint64_t peak_memory_bytes() {
 
 std::string report_text(const GenerateStats& stats, double load_s) {
   std::string out;
-  append(&out, "load %.2f s, peak memory %.1f MiB\n", load_s, peak_memory_bytes() / 1048576.0);
+  append(&out, "load %.2f s, peak memory %.1f MiB", load_s, peak_memory_bytes() / 1048576.0);
+  if (stats.peak_device_memory_bytes > 0)
+    append(&out, ", %.1f MiB on the GPU", double(stats.peak_device_memory_bytes) / 1048576.0);
+  out += "\n";
   append(&out, "prompt %" PRId64 " tokens, %.1f tokens/s, first token after %.3f s\n",
          stats.prompt_tokens, stats.prefill_tokens_per_s(), stats.time_to_first_token_s);
   append(&out, "decoded %" PRId64 " tokens, %.1f tokens/s, ended by %s\n", stats.new_tokens,
@@ -91,10 +94,11 @@ std::string report_json(const GenerateStats& stats, double load_s,
          "\"stop_reason\": \"%s\", \"prompt_tokens\": %" PRId64 ", \"new_tokens\": %" PRId64
          ", \"load_s\": %.6f, \"prefill_s\": %.6f, \"decode_s\": %.6f, "
          "\"time_to_first_token_s\": %.6f, \"prefill_tokens_per_s\": %.3f, "
-         "\"decode_tokens_per_s\": %.3f, \"peak_memory_bytes\": %" PRIu64 "}",
+         "\"decode_tokens_per_s\": %.3f, \"peak_memory_bytes\": %" PRIu64
+         ", \"peak_device_memory_bytes\": %" PRIu64 "}",
          stop_reason_name(stats.stop_reason), stats.prompt_tokens, stats.new_tokens, load_s,
          stats.prefill_s, stats.decode_s, stats.time_to_first_token_s, stats.prefill_tokens_per_s(),
-         stats.decode_tokens_per_s(), peak_memory_bytes());
+         stats.decode_tokens_per_s(), peak_memory_bytes(), stats.peak_device_memory_bytes);
   return out;
 }
 

@@ -14,6 +14,8 @@ int main() {
   PRINT(AttentionArgs, is_causal);
   PRINT(RmsNormArgs, eps);
   PRINT(SiluArgs, y);
+  PRINT(cuda_int4_model_options, cuda_stream);
+  PRINT(cuda_int4_device_use, replays);
   PRINT(cuda_int4_generate_config, on_prefill);
   PRINT(cuda_int4_generate_stats, stop_reason);
   PRINT(cuda_int4_decode_info, eos_ids);
