@@ -120,6 +120,107 @@ class ToyBlock(nn.Module):
         return x + self.w2(F.silu(self.w1(h)) * self.w3(h))
 
 
+class GemmaNorm(nn.Module):
+    """RMSNorm with weight 1 + w, in float32."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scaled = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)
+        return (scaled * (1 + self.weight.float())).to(x.dtype)
+
+
+class ToyGemma(nn.Module):
+    """What Gemma 2 and 3 have and Llama has not, as their modelling code writes it.
+
+    A tied embedding times sqrt(dim), norms of 1 + w before and after each part, norms of q and k,
+    every second layer with a sliding window, tanh caps on scores and logits, and GeGLU. Attention
+    is plain ops: repeat heads, matmul, cap, add a mask of finfo.min, softmax in float32, matmul.
+
+    Args:
+        context: tokens the cache holds.
+        score_cap: None as in Gemma 3, which has no such cap.
+    """
+
+    VOCAB, DIM, HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 128, 64, 128, 2, 4, 2, 16
+    WINDOW, LOGIT_CAP = 5, 30.0
+
+    def __init__(self, context: int = 64, score_cap: float | None = 2.0):
+        super().__init__()
+        self.context = context
+        self.embedding = nn.Embedding(self.VOCAB, self.DIM)
+        self.layers = nn.ModuleList(
+            GemmaBlock(context, score_cap, self.WINDOW if i % 2 == 0 else context)
+            for i in range(self.LAYERS)
+        )
+        self.norm = GemmaNorm(self.DIM)
+        frequencies = 10000.0 ** -(torch.arange(0, self.HEAD_DIM, 2) / self.HEAD_DIM)
+        angles = torch.outer(torch.arange(context).float(), frequencies)
+        self.register_buffer("cos", angles.cos())
+        self.register_buffer("sin", angles.sin())
+        self.register_buffer("keys", torch.arange(context))
+
+    def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
+        x = self.embedding(tokens) * self.DIM**0.5
+        cos, sin = self.cos[input_pos].to(x.dtype), self.sin[input_pos].to(x.dtype)
+        for layer in self.layers:
+            x = layer(x, input_pos, cos, sin, self.keys)
+        logits = F.linear(self.norm(x), self.embedding.weight)
+        return torch.tanh(logits / self.LOGIT_CAP) * self.LOGIT_CAP
+
+
+class GemmaBlock(nn.Module):
+    """One layer of ToyGemma, with its cache; ``window`` keys back to attend to."""
+
+    def __init__(self, context: int, score_cap: float | None, window: int):
+        super().__init__()
+        m = ToyGemma
+        self.heads, self.kv_heads, self.head_dim = m.HEADS, m.KV_HEADS, m.HEAD_DIM
+        self.score_cap, self.window = score_cap, window
+        self.norms = nn.ModuleList(GemmaNorm(m.DIM) for _ in range(4))
+        self.q_norm, self.k_norm = GemmaNorm(m.HEAD_DIM), GemmaNorm(m.HEAD_DIM)
+        self.wq = nn.Linear(m.DIM, m.HEADS * m.HEAD_DIM, bias=False)
+        self.wk = nn.Linear(m.DIM, m.KV_HEADS * m.HEAD_DIM, bias=False)
+        self.wv = nn.Linear(m.DIM, m.KV_HEADS * m.HEAD_DIM, bias=False)
+        self.wo = nn.Linear(m.HEADS * m.HEAD_DIM, m.DIM, bias=False)
+        self.gate = nn.Linear(m.DIM, m.HIDDEN, bias=False)
+        self.up = nn.Linear(m.DIM, m.HIDDEN, bias=False)
+        self.down = nn.Linear(m.HIDDEN, m.DIM, bias=False)
+        cache = torch.zeros(1, m.KV_HEADS, context, m.HEAD_DIM)
+        self.register_buffer("k_cache", cache)
+        self.register_buffer("v_cache", cache.clone())
+
+    def forward(self, x: Tensor, input_pos: Tensor, cos: Tensor, sin: Tensor, keys: Tensor):
+        _, S, _ = x.shape
+        h = self.norms[0](x)
+        q = self.wq(h).view(1, S, self.heads, self.head_dim).transpose(1, 2)
+        k = self.wk(h).view(1, S, self.kv_heads, self.head_dim).transpose(1, 2)
+        v = self.wv(h).view(1, S, self.kv_heads, self.head_dim).transpose(1, 2)
+        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        k = self.k_cache.index_copy_(2, input_pos, k)
+        v = self.v_cache.index_copy_(2, input_pos, v)
+        at = input_pos.unsqueeze(1)
+        seen = (keys <= at) & (keys > at - self.window)
+        mask = torch.where(seen, 0.0, torch.finfo(x.dtype).min).to(x.dtype)
+        scores = torch.matmul(q, repeat_heads(k, 2).transpose(2, 3)) * self.head_dim**-0.5
+        if self.score_cap is not None:
+            scores = torch.tanh(scores / self.score_cap) * self.score_cap
+        p = torch.softmax(scores + mask, dim=-1, dtype=torch.float32).to(x.dtype)
+        y = torch.matmul(p, repeat_heads(v, 2)).transpose(1, 2).reshape(1, S, -1)
+        x = x + self.norms[1](self.wo(y))
+        h = self.norms[2](x)
+        h = self.down(F.gelu(self.gate(h), approximate="tanh") * self.up(h))
+        return x + self.norms[3](h)
+
+
+def repeat_heads(x: Tensor, n: int) -> Tensor:
+    """[B, H, T, D] with each head n times in a row, as Hugging Face writes it."""
+    B, H, T, D = x.shape
+    return x[:, :, None].expand(B, H, n, T, D).reshape(B, H * n, T, D)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE on x [1, heads, S, head_dim]."""
     a, b = x.chunk(2, dim=-1)
@@ -135,6 +236,21 @@ def toy_llama(context: int = 64) -> ToyLlama:
     for p in model.parameters():
         if p.dim() == 2:
             nn.init.normal_(p, std=0.2)
+    cuda_int4.quantize_(model, cuda_int4.Int4Config(group_size=32))
+    return model
+
+
+def toy_gemma(
+    context: int = 64, score_cap: float | None = 2.0, dtype: torch.dtype = torch.float32
+) -> ToyGemma:
+    """The quantised model, in eval mode."""
+    import cuda_int4
+
+    torch.manual_seed(0)
+    model = ToyGemma(context, score_cap).eval().requires_grad_(False)
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.2)
+    model.to(dtype)
     cuda_int4.quantize_(model, cuda_int4.Int4Config(group_size=32))
     return model
 
