@@ -1,7 +1,7 @@
 // The table of math_kernels.h: tensor views to plain arguments, CUDA's errors to ours.
 #include "launch_status.cuh"
 #include "math_kernels.h"
-#include "matmul_plain.cuh"
+#include "matmul_kernels.cuh"
 #include "reduce.cuh"
 #include "rms_norm.cuh"
 #include "row_kernels.cuh"
@@ -37,10 +37,10 @@ Status run_silu(const SiluArgs& args, const ExecutionContext& context) {
   return launch_status("cuda_int4::silu", launch_silu(kernel_args, stream_of(context)));
 }
 
-uint64_t matmul_scratch_bytes(const MatmulArgs&) { return 0; }
-
 Status run_matmul(const MatmulArgs& args, const ExecutionContext& context) {
-  return launch_status("cuda_int4::matmul", launch_matmul_plain(args, stream_of(context)));
+  return launch_status(
+      "cuda_int4::matmul",
+      launch_matmul(args, context.scratch, context.scratch_bytes, stream_of(context)));
 }
 
 Status run_reduce(const ReduceArgs& args, const ExecutionContext& context) {

@@ -14,7 +14,7 @@
 // Source    own; the one that takes everything, and the baseline of the others
 #include <type_traits>
 
-#include "matmul_plain.cuh"
+#include "matmul_kernels.cuh"
 #include "numeric.cuh"
 
 namespace cuda_int4 {
