@@ -65,11 +65,12 @@ examples:
     ),
     "bench": Subcommand(
         "commands.bench",
-        "time the int4 kernels beside PyTorch's",
+        "time the int4 kernels beside PyTorch's, and decoding from models of real shapes",
         epilog="""\
 examples:
-  cuda-int4 bench --device cpu
-  cuda-int4 bench linear --device cpu --shape 4096,4096 --rows 1 32 --out results.csv
+  cuda-int4 bench linear --device cpu
+  cuda-int4 bench linear --model llama-3-8b --rows 1 16 256 --out linear.csv --plot linear.png
+  cuda-int4 bench decode --model llama-3-8b --out decode.csv
 """,
     ),
 }

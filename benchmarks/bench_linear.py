@@ -49,7 +49,7 @@ import linear_cuda
 import plot_linear
 from cuda_int4 import _native
 from linear_cuda import KERNELS as CUDA_KERNELS
-from machine import commit_id, cpu_name, last_level_cache_bytes
+from machine import choose_device, commit_id, cpu_name, last_level_cache_bytes
 from shapes import LINEARS, ROWS
 
 CPU_SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008)]  # N, K
@@ -342,25 +342,6 @@ def shape(text: str) -> tuple[int, int]:
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected N,K such as 4096,4096, got {text!r}") from None
     return N, K
-
-
-def choose_device(asked: str) -> str:
-    """Resolve "auto", and check that "cuda" is there.
-
-    Raises:
-        ValueError: there is no GPU, or this torch or library was built without CUDA.
-    """
-    missing = [
-        what
-        for what, there in (
-            ("a torch with CUDA and a GPU", torch.cuda.is_available()),
-            ("a libcuda_int4 with CUDA kernels", bool(_native.library().cuda_available())),
-        )
-        if not there
-    ]
-    if asked == "cuda" and missing:
-        raise ValueError(f"bench: --device cuda needs {' and '.join(missing)}; use --device cpu")
-    return "cpu" if asked == "cpu" or missing else "cuda"
 
 
 def fill_in(options: argparse.Namespace) -> None:

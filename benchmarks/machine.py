@@ -7,6 +7,29 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
+from cuda_int4 import _native
+
+
+def choose_device(asked: str) -> str:
+    """Resolve "auto", and check that "cuda" is there.
+
+    Raises:
+        ValueError: there is no GPU, or this torch or library was built without CUDA.
+    """
+    missing = [
+        what
+        for what, there in (
+            ("a torch with CUDA and a GPU", torch.cuda.is_available()),
+            ("a libcuda_int4 with CUDA kernels", bool(_native.library().cuda_available())),
+        )
+        if not there
+    ]
+    if asked == "cuda" and missing:
+        raise ValueError(f"bench: --device cuda needs {' and '.join(missing)}; use --device cpu")
+    return "cpu" if asked == "cpu" or missing else "cuda"
+
 
 def cpu_name() -> str:
     """As /proc/cpuinfo has it."""

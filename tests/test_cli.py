@@ -1,5 +1,6 @@
 """The command cuda-int4: what it prints, where, and its exit codes."""
 
+import csv
 import json
 import re
 import subprocess
@@ -88,7 +89,12 @@ def test_a_source_that_cannot_be_exported(source, reason, script, tmp_path):
 
 
 def test_a_wrong_command_line_is_exit_code_2(script, tmp_path):
-    for args in (["export", script], ["inspect"], ["nothing"], ["bench", "--shape", "4096"]):
+    for args in (
+        ["export", script],
+        ["inspect"],
+        ["nothing"],
+        ["bench", "linear", "--shape", "4096"],
+    ):
         done = run(*args)
         assert done.returncode == 2 and "usage:" in done.stderr, done
 
@@ -137,11 +143,23 @@ def test_inspect_names_what_is_wrong(tmp_path):
 
 def test_bench_writes_a_table_of_checked_kernels():
     options = "--shape 64,128 --rows 1 5 --group-size 32 --turns 1 --rotate-mb 1"
-    done = run("bench", *options.split(), "--kernel", "w4a16", "w4a8", "torch_fp32")
+    done = run("bench", "linear", *options.split(), "--kernel", "w4a16", "w4a8", "torch_fp32")
     assert done.returncode == 0, done.stderr
     header, *rows = done.stdout.splitlines()
     assert header.startswith("kernel,M,N,K,group_size,us_p10,us_median,us_p90,GB_per_s")
     assert len(rows) == 6 and not any("WRONG" in row for row in rows)
+
+
+@pytest.mark.parametrize("model", ["toy-llama", "toy-gemma"])
+def test_bench_decodes_from_a_model_that_it_exports(model, tmp_path):
+    out = tmp_path / "rows.csv"
+    options = "--device cpu --context 20 --prefill 8 --new-tokens 8 --runs 2 --out"
+    done = run("bench", "decode", "--model", model, *options.split(), out)
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader(line for line in out.open() if not line.startswith("#")))
+    assert [(row["phase"], row["context"]) for row in rows] == [("prefill", "8"), ("decode", "20")]
+    assert all(float(row["tokens_per_s"]) > 0 for row in rows)
+    assert out.with_suffix(".md").read_text() in done.stdout
 
 
 def test_the_demo_agrees_with_pytorch(tmp_path):

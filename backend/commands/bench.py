@@ -4,15 +4,24 @@ import argparse
 
 from .shipped import shipped_script
 
+_SCRIPTS = {"linear": "benchmarks/bench_linear", "decode": "benchmarks/bench_decode"}
+
 
 def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of ``cuda-int4 bench``."""
-    script = shipped_script("benchmarks/bench_linear")
-    parser.description = script.__doc__
-    parser.add_argument("what", nargs="?", choices=("linear",), default="linear")
-    script.add_arguments(parser)
+    """Declare the arguments of ``cuda-int4 bench``: a subcommand for each script."""
+    subparsers = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
+    for name, path in _SCRIPTS.items():
+        script = shipped_script(path)
+        summary = script.__doc__ or ""
+        subparser = subparsers.add_parser(
+            name,
+            help=summary.splitlines()[0],
+            description=summary,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        script.add_arguments(subparser)
 
 
 def bench_command(args: argparse.Namespace) -> int:
     """Run ``cuda-int4 bench``; returns the exit code."""
-    return shipped_script("benchmarks/bench_linear").command(args)
+    return shipped_script(_SCRIPTS[args.what]).command(args)

@@ -1,0 +1,309 @@
+"""Exports a decoder of real shapes with random int4 weights, and decodes from it in C++.
+
+    cuda-int4 bench decode --model llama-3-8b
+    cuda-int4 bench decode --model gemma-4-31b --context 128 2048 --out results.csv
+
+The model (decode_model.py) is exported on this machine, with the standard calls, and run by the
+C++ decode loop: ``prefill`` rows are the tokens per second at which a prompt is read (the first
+token is chosen from it), ``decode`` rows the tokens per second that follow a prompt of that many
+tokens. Of each decode row the first tokens are not counted: they make the CUDA graph.
+``floor_fraction`` is the share of the memory floor: the bytes that a token needs (the int4 weights,
+the head's included, and the keys and values of the context, each once) over 4.3 TB/s, the bus of an
+H200, over the time taken.
+
+The program is run twice on the same prompt, with CUDA graphs and without, before anything is timed:
+the tokens must be the same and the logits finite.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import io
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import cuda_int4
+import decode_model
+from cuda_int4.model import Model
+from machine import choose_device, command_line, commit_id, cpu_name, driver_version
+
+COLUMNS = (
+    "model,layers,dtype,activation,group_size,zero_points,phase,context,us_p10,us_median,us_p90,"
+    "tokens_per_s,floor_us,floor_fraction,peak_device_MB,machine,commit"
+).split(",")
+BUS_BYTES_PER_S = 4.3e12
+UNCOUNTED_TOKENS = 4
+CHECKED_TOKENS = 8
+MAX_SEQ_LEN = 2048  # tokens that one forward takes; longer prompts are read in parts
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclasses.dataclass
+class Row:
+    """One line of the table; times in microseconds, of a token or of the whole prompt."""
+
+    phase: str
+    context: int
+    times_us: list[float]
+    n_tokens: int  # per time
+    floor_us: float | None = None
+
+    @property
+    def tokens_per_s(self) -> float:
+        """From the median."""
+        return self.n_tokens / statistics.median(self.times_us) * 1e6
+
+    def cells(self) -> list[str]:
+        """From "phase" to "floor_fraction"."""
+        median = statistics.median(self.times_us)
+        tenths = statistics.quantiles(self.times_us, n=10) if len(self.times_us) > 1 else [median]
+        times = [f"{us:.1f}" for us in (tenths[0], median, tenths[-1])]
+        floor = ["", ""]
+        if self.floor_us is not None:
+            floor = [f"{self.floor_us:.1f}", f"{self.floor_us / median:.3f}"]
+        return [self.phase, str(self.context), *times, f"{self.tokens_per_s:.1f}", *floor]
+
+
+def export(config: decode_model.Config, options: argparse.Namespace, path: Path) -> None:
+    """Write the ``.pte``."""
+    start = time.perf_counter()
+    max_context = max(options.context + options.prefill) + options.new_tokens + CHECKED_TOKENS
+    model = decode_model.build(
+        config,
+        max_context=max_context,
+        dtype=DTYPES[options.dtype],
+        group_size=options.group_size,
+        zero_points=options.zero_points,
+        activation=options.activation,
+    )
+    max_seq_len = min(MAX_SEQ_LEN, max_context)
+    length = torch.export.Dim("length", min=1, max=max_seq_len)
+    cuda_int4.export(
+        model,
+        (torch.zeros(1, 8, dtype=torch.long), torch.arange(8)),
+        path,
+        dynamic_shapes=({1: length}, {0: length}),
+        activation=options.activation,
+        constant_methods={
+            "get_max_seq_len": max_seq_len,
+            "get_max_context_len": max_context,
+            "get_vocab_size": config.vocab_size,
+            "get_eos_ids": [],
+            "use_kv_cache": True,
+            "enable_dynamic_shape": True,
+        },
+        devices=(options.device,),
+    )
+    print(
+        f"exported {path.stat().st_size / 1e9:.2f} GB in {time.perf_counter() - start:.1f} s",
+        file=sys.stderr,
+    )
+
+
+def load(path: Path, device: str, cuda_graph: bool) -> Model:
+    """Open it without the checksums over constants, which export has just made."""
+    return cuda_int4.load(path, device=device, verify=False, cuda_graph=cuda_graph)
+
+
+def check(path: Path, prompt: Sequence[int], options: argparse.Namespace, model: Model) -> None:
+    """Same tokens with and without CUDA graphs, and finite logits.
+
+    Raises:
+        RuntimeError: they are not.
+    """
+    logits = model.forward(torch.tensor([prompt]), torch.arange(len(prompt)))[0]
+    if not bool(logits.isfinite().all()) or float(logits.float().std()) == 0:
+        raise RuntimeError("bench decode: expected finite logits that differ, got others")
+    tokens = model.generate(list(prompt), max_new_tokens=CHECKED_TOKENS).tokens
+    if options.device == "cpu" or not options.check:
+        return
+    model.close()
+    with load(path, options.device, not options.cuda_graph) as other:
+        others = other.generate(list(prompt), max_new_tokens=CHECKED_TOKENS).tokens
+    if tokens != others:
+        raise RuntimeError(
+            f"bench decode: expected the same tokens with CUDA graphs and without, got {tokens} "
+            f"and {others}"
+        )
+
+
+def measure(
+    model: Model, config: decode_model.Config, weight_bytes: int, options: argparse.Namespace
+) -> list[Row]:
+    """All rows."""
+    generator = torch.Generator().manual_seed(0)
+    longest = max(options.context + options.prefill)
+    prompt = torch.randint(0, config.vocab_size, (longest,), generator=generator).tolist()
+    rows = []
+    for n in options.prefill:
+        runs = [model.generate(prompt[:n], max_new_tokens=1) for _ in range(options.runs + 1)]
+        times = [run.stats.prefill_s * 1e6 for run in runs[1:]]  # the first is eager
+        rows.append(Row("prefill", n, times, n))
+        print(f"prefill {n}: {rows[-1].tokens_per_s:.0f} tokens/s", file=sys.stderr)
+    element_bytes = DTYPES[options.dtype].itemsize
+    for n in options.context:
+        stamps: list[float] = []
+        run = model.generate(
+            prompt[:n],
+            max_new_tokens=options.new_tokens,
+            on_token=lambda _, stamps=stamps: stamps.append(time.perf_counter()),
+        )
+        if n >= MAX_SEQ_LEN and n not in options.prefill:
+            rows.append(Row("prefill", n, [run.stats.prefill_s * 1e6], n))
+        steps = [(b - a) * 1e6 for a, b in zip(stamps, stamps[1:], strict=False)]
+        middle = n + (options.new_tokens + UNCOUNTED_TOKENS) // 2
+        needed = weight_bytes + config.cache_bytes_read(middle, element_bytes)
+        floor_us = needed / BUS_BYTES_PER_S * 1e6
+        rows.append(Row("decode", n, steps[UNCOUNTED_TOKENS:], 1, floor_us))
+        print(f"decode at {n}: {rows[-1].tokens_per_s:.1f} tokens/s", file=sys.stderr)
+    return rows
+
+
+def report(
+    rows: Sequence[Row], config: decode_model.Config, notes: Sequence[str], peak_MB: float,
+    options: argparse.Namespace,
+) -> tuple[str, str]:  # fmt: skip
+    """The table as CSV, and as Markdown."""
+    machine = machine_name(options.device)
+    case = [
+        options.model, config.n_layers, options.dtype, options.activation, options.group_size,
+        int(options.zero_points),
+    ]  # fmt: skip
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    text.writelines(f"# {note}\n" for note in notes)
+    table.writerow(COLUMNS)
+    for row in rows:
+        table.writerow([*case, *row.cells(), f"{peak_MB:.0f}", machine, options.commit])
+    kind = "w4a16" if options.activation == "none" else "w4a8"
+    lines = [
+        f"# {options.model}, {kind}, group size {options.group_size}",
+        "",
+        *(f"- {note}" for note in notes),
+        f"- peak device memory {peak_MB:.0f} MB",
+        "",
+        "| phase | context | ms | tokens/s | memory floor, ms | share of the floor |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        ms = statistics.median(row.times_us) / 1e3
+        floor = ["", ""]
+        if row.floor_us is not None:
+            floor = [f"{row.floor_us / 1e3:.3f}", f"{row.floor_us / 1e3 / ms:.2f}"]
+        cells = [row.phase, str(row.context), f"{ms:.3f}", f"{row.tokens_per_s:.1f}", *floor]
+        lines.append(f"| {' | '.join(cells)} |")
+    return text.getvalue(), "\n".join(lines) + "\n"
+
+
+def machine_name(device: str) -> str:
+    """The GPU's or the CPU's."""
+    return torch.cuda.get_device_name() if device == "cuda" else cpu_name()
+
+
+def run(options: argparse.Namespace, folder: Path) -> None:
+    """Export, check, measure, write."""
+    config = decode_model.MODELS[options.model]
+    if options.layers:
+        config = dataclasses.replace(config, n_layers=options.layers)
+    path = options.pte or folder / f"{options.model}.pte"
+    if not path.exists():
+        export(config, options, path)
+    weight_bytes = sum(
+        decode_model.weight_bytes(N, K, options.group_size, options.zero_points)
+        for N, K in config.linears
+    )
+    start = time.perf_counter()
+    model = load(path, options.device, options.cuda_graph)
+    loaded_s = time.perf_counter() - start
+    check(path, list(range(1, 13)), options, model)
+    if options.check and options.device == "cuda":
+        model = load(path, options.device, options.cuda_graph)
+    with model:
+        rows = measure(model, config, weight_bytes, options)
+        use = model.device_use()
+    where = machine_name(options.device)
+    if options.device == "cuda":
+        where += f", driver {driver_version()}, torch {torch.__version__}"
+    notes = [
+        f"{where}, commit {options.commit or 'unknown'}",
+        f"command: {command_line()}",
+        f"{config.n_layers} layers, {weight_bytes / 1e9:.3f} GB of int4 weights, "
+        f"loaded in {loaded_s:.1f} s"
+        + (
+            f" (upload {use.uploaded_bytes / 1e9 / use.upload_s:.1f} GB/s)"
+            if use.upload_s > 0
+            else ""
+        ),
+    ]
+    as_csv, as_markdown = report(rows, config, notes, use.peak_device_bytes / 1e6, options)
+    print(as_markdown)
+    if options.out is not None:
+        options.out.write_text(as_csv)
+        options.out.with_suffix(".md").write_text(as_markdown)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options; ``cuda-int4 bench decode`` has the same."""
+    parser.add_argument("--model", choices=tuple(decode_model.MODELS), default="llama-3-8b")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--layers", type=int, default=0, help="fewer than the model has")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16")
+    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--zero-points", action="store_true")
+    parser.add_argument(
+        "--activation", choices=("none", "int8"), default="none", help="w4a16 or w4a8"
+    )
+    parser.add_argument("--context", type=int, nargs="+", default=[128, 2048, 8192])
+    parser.add_argument("--prefill", type=int, nargs="+", default=[512, 2048])
+    parser.add_argument("--new-tokens", type=int, default=64, help="per context")
+    parser.add_argument("--runs", type=int, default=3, help="of each prefill")
+    parser.add_argument(
+        "--no-cuda-graph", dest="cuda_graph", action="store_false", help="launch kernel by kernel"
+    )
+    parser.add_argument(
+        "--no-check", dest="check", action="store_false",
+        help="do not load it a second time to compare the tokens",
+    )  # fmt: skip
+    parser.add_argument(
+        "--pte", type=Path, help="keep the program here, or run the one that is there"
+    )
+    parser.add_argument("--commit", default="", help="to record, where git does not know it")
+    parser.add_argument("--out", type=Path, help="CSV file; Markdown goes beside it")
+
+
+def command(options: argparse.Namespace) -> int:
+    """Run with parsed options."""
+    options.device = choose_device(options.device)
+    options.commit = options.commit or commit_id()
+    if options.new_tokens <= UNCOUNTED_TOKENS + 1:
+        raise ValueError(
+            f"bench decode: expected --new-tokens of at least {UNCOUNTED_TOKENS + 2}, got "
+            f"{options.new_tokens}; the first {UNCOUNTED_TOKENS} are not counted"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        run(options, Path(folder))
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line."""
+    parser: Any = argparse.ArgumentParser(
+        prog="bench_decode",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_arguments(parser)
+    return command(parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,333 @@
+"""Decoders of real shapes with random int4 weights, in plain PyTorch.
+
+One module serves Llama and Gemma style models: pre-norms (and post-norms), grouped queries with a
+key-value cache, rotary positions, gated feed-forward, an embedding of its own or the head's.
+
+    build("llama-3-8b", max_context=8704, ...)(tokens [1, S], input_pos [S]) -> logits [1, vocab]
+
+The logits are those of the last token. Linears that read the same x are one (query, key and value;
+gate and up), so the (N, K) are those of shapes.py. What differs from the released models: nothing
+is trained, rotary positions turn whole heads at one base per kind of layer, a sliding layer keeps
+the whole context in its cache, and norms have weights near 1 that are multiplied as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cuda_int4.tensors import CudaCoalescedInt4Tensor
+
+CODE_STD = math.sqrt(21.5)  # of a code 0..15 less 8, around 0
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionShape:
+    """One kind of attention layer."""
+
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    rope_theta: float
+    window: int = 0  # keys that a query sees, itself included; 0: all before it
+    values_are_keys: bool = False  # one projection for both; the keys are then turned and normed
+
+    @property
+    def projected(self) -> int:
+        """Outputs of the fused projection of x."""
+        n_projections = 1 if self.values_are_keys else 2
+        return (self.n_heads + n_projections * self.n_kv_heads) * self.head_dim
+
+    def cache_bytes_read(self, context: int, element_bytes: int) -> int:
+        """Bytes of keys and values that one token needs."""
+        seen = min(context, self.window) if self.window else context
+        return 2 * self.n_kv_heads * self.head_dim * seen * element_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes of a model; layer i attends as ``kinds[i % len(kinds)]``."""
+
+    dim: int
+    hidden_dim: int
+    n_layers: int
+    vocab_size: int
+    kinds: tuple[AttentionShape, ...]
+    gemma: bool = False  # GeGLU, q/k norms, post-norms, scaled embedding tied to the head, soft cap
+    norm_eps: float = 1e-5
+    logit_cap: float = 0.0
+
+    @property
+    def linears(self) -> list[tuple[int, int]]:
+        """(N, K) of every int4 linear that a token reads, the head last."""
+        shapes = []
+        for layer in range(self.n_layers):
+            kind = self.kinds[layer % len(self.kinds)]
+            shapes += [
+                (kind.projected, self.dim),
+                (self.dim, kind.n_heads * kind.head_dim),
+                (2 * self.hidden_dim, self.dim),
+                (self.dim, self.hidden_dim),
+            ]
+        return [*shapes, (self.vocab_size, self.dim)]
+
+    def cache_bytes_read(self, context: int, element_bytes: int) -> int:
+        """Bytes of all caches that one token needs."""
+        layers = (self.kinds[i % len(self.kinds)] for i in range(self.n_layers))
+        return sum(kind.cache_bytes_read(context, element_bytes) for kind in layers)
+
+
+def _llama(dim: int, hidden_dim: int, n_layers: int, n_heads: int, head_dim: int = 128) -> Config:
+    kind = AttentionShape(n_heads, 8, head_dim, 500_000.0)
+    return Config(dim, hidden_dim, n_layers, 128256, (kind,))
+
+
+_SLIDING = AttentionShape(32, 16, 256, 10_000.0, window=1024)
+_FULL = AttentionShape(32, 4, 512, 1_000_000.0, values_are_keys=True)
+MODELS = {
+    "llama-3-8b": _llama(4096, 14336, 32, 32),
+    "llama-3-70b": _llama(8192, 28672, 80, 64),
+    "llama-3-1b": _llama(2048, 8192, 16, 32, head_dim=64),
+    "gemma-4-31b": Config(
+        5376, 21504, 60, 262144, (*(_SLIDING,) * 5, _FULL), gemma=True, norm_eps=1e-6, logit_cap=30
+    ),
+    "toy-llama": Config(256, 512, 2, 512, (AttentionShape(4, 2, 64, 10_000.0),)),
+    "toy-gemma": Config(
+        256, 512, 3, 512,
+        (AttentionShape(4, 2, 64, 1e4, window=16),
+         AttentionShape(4, 2, 64, 1e6, values_are_keys=True)),
+        gemma=True, logit_cap=30,
+    ),
+}  # fmt: skip
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn x [B, heads, T, head_dim] by the angles of cos and sin [T, head_dim]."""
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-b, a), dim=-1) * sin
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over a cache of its own."""
+
+    def __init__(self, config: Config, kind: AttentionShape, max_context: int):
+        super().__init__()
+        self.kind = kind
+        self.wqkv = nn.Linear(config.dim, kind.projected, bias=False)
+        self.wo = nn.Linear(kind.n_heads * kind.head_dim, config.dim, bias=False)
+        if config.gemma:
+            self.q_norm = nn.RMSNorm(kind.head_dim, eps=config.norm_eps)
+            self.k_norm = nn.RMSNorm(kind.head_dim, eps=config.norm_eps)
+        self.scale = 1.0 if config.gemma else kind.head_dim**-0.5
+        shape = (1, kind.n_kv_heads, max_context, kind.head_dim)
+        self.register_buffer("k_cache", torch.zeros(shape), persistent=False)
+        self.register_buffer("v_cache", torch.zeros(shape), persistent=False)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, input_pos: Tensor, mask: Tensor
+    ) -> Tensor:
+        """Append x [1, T, dim] to the cache and attend under ``mask`` [T, max_context]."""
+        kind = self.kind
+        B, T, _ = x.shape
+        heads = self.wqkv(x).view(B, T, kind.projected // kind.head_dim, kind.head_dim)
+        heads = heads.transpose(1, 2)
+        if hasattr(self, "q_norm"):
+            q = self.q_norm(heads[:, : kind.n_heads])
+            k = self.k_norm(heads[:, kind.n_heads : kind.n_heads + kind.n_kv_heads])
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        else:  # both at once
+            turned = rotate(heads[:, : kind.n_heads + kind.n_kv_heads], cos, sin)
+            q, k = turned.split([kind.n_heads, kind.n_kv_heads], dim=1)
+        v = heads[:, -kind.n_kv_heads :]
+        k = self.k_cache.index_copy_(2, input_pos, k)
+        v = self.v_cache.index_copy_(2, input_pos, v)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, scale=self.scale, enable_gqa=True
+        )
+        return self.wo(y.transpose(1, 2).reshape(B, T, kind.n_heads * kind.head_dim))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU or, in Gemma, GeGLU: w2(f(gate x) * up x)."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.gelu = config.gemma
+        self.w13 = nn.Linear(config.dim, 2 * config.hidden_dim, bias=False)
+        self.w2 = nn.Linear(config.hidden_dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x [1, T, dim] to the same shape."""
+        gate, up = self.w13(x).chunk(2, dim=-1)
+        gate = F.gelu(gate, approximate="tanh") if self.gelu else F.silu(gate)
+        return self.w2(gate * up)
+
+
+class Block(nn.Module):
+    """One layer; Gemma norms what attention and feed-forward give, too."""
+
+    def __init__(self, config: Config, kind: AttentionShape, max_context: int):
+        super().__init__()
+        self.attention = Attention(config, kind, max_context)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        if config.gemma:
+            self.attention_post_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+            self.ffn_post_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, input_pos: Tensor, mask: Tensor
+    ) -> Tensor:
+        """Map x [1, T, dim] to the same shape."""
+        y = self.attention(self.attention_norm(x), cos, sin, input_pos, mask)
+        x = x + (self.attention_post_norm(y) if hasattr(self, "attention_post_norm") else y)
+        y = self.feed_forward(self.ffn_norm(x))
+        return x + (self.ffn_post_norm(y) if hasattr(self, "ffn_post_norm") else y)
+
+
+class Decoder(nn.Module):
+    """The model; see the head of this file. ``build`` fills its buffers."""
+
+    def __init__(self, config: Config, max_context: int):
+        super().__init__()
+        self.config, self.max_context = config, max_context
+        kinds = [config.kinds[i % len(config.kinds)] for i in range(config.n_layers)]
+        self.layers = nn.ModuleList(Block(config, kind, max_context) for kind in kinds)
+        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        if not config.gemma:
+            self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.distinct = list(dict.fromkeys(kinds))
+        self.kind_of_layer = [self.distinct.index(kind) for kind in kinds]
+        for index, kind in enumerate(self.distinct):
+            for name in ("rope_cos", "rope_sin"):
+                table = torch.empty(max_context, kind.head_dim)
+                self.register_buffer(f"{name}_{index}", table, persistent=False)
+        self.register_buffer("key_pos", torch.arange(max_context), persistent=False)
+
+    def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
+        """Logits [1, vocab_size] of the last of tokens [1, T], at input_pos [T] of the context."""
+        turns = []
+        for index, kind in enumerate(self.distinct):
+            mask = self.key_pos <= input_pos.unsqueeze(1)
+            if kind.window:
+                mask = mask & (self.key_pos > input_pos.unsqueeze(1) - kind.window)
+            cos = getattr(self, f"rope_cos_{index}")[input_pos]
+            sin = getattr(self, f"rope_sin_{index}")[input_pos]
+            turns.append((cos, sin, input_pos, mask))
+        if self.config.gemma:
+            x = F.embedding(tokens, self.output.weight) * math.sqrt(self.config.dim)
+        else:
+            x = self.tok_embeddings(tokens)
+        for layer, index in zip(self.layers, self.kind_of_layer, strict=True):
+            x = layer(x, *turns[index])
+        logits = self.output(self.norm(x[:, -1]))
+        cap = self.config.logit_cap
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+
+class RandomWeights:
+    """Int4 weights out of one pool of random bytes: each has memory of its own, none is drawn anew.
+
+    A linear of them keeps the size of what goes through it: scales are near
+    1 / (CODE_STD * sqrt(K)).
+    """
+
+    POOL_BYTES = 1 << 26
+
+    def __init__(self, dtype: torch.dtype, group_size: int, zero_points: bool, activation: str):
+        self.dtype, self.group_size = dtype, group_size
+        self.zero_points, self.activation = zero_points, activation
+        generator = torch.Generator().manual_seed(0)
+        n = self.POOL_BYTES
+        self.bytes = torch.randint(0, 256, (n,), dtype=torch.uint8, generator=generator)
+        self.floats = torch.rand(n // 8, generator=generator)
+        self.n_made = 0
+
+    def _take(self, pool: Tensor, n: int) -> Tensor:
+        """``n`` elements of the pool, from another place each time, around the end if need be."""
+        self.n_made += 1
+        start = self.n_made * 1_000_003 % len(pool)
+        parts, left = [], n
+        while left:
+            part = pool[start : start + left]
+            parts.append(part)
+            left, start = left - len(part), 0
+        return torch.cat(parts)
+
+    def weight(self, N: int, K: int) -> CudaCoalescedInt4Tensor:
+        """One [N, K] weight."""
+        group_size = self.group_size or K
+        n_groups = K // group_size
+        size = 1 / (CODE_STD * math.sqrt(K))
+        scale = (self._take(self.floats, N * n_groups) * 0.4 + 0.8) * size
+        zero_point = None
+        if self.zero_points:
+            zero_point = (self._take(self.floats, N * n_groups) * 2 + 7).view(N, n_groups)
+        return CudaCoalescedInt4Tensor(
+            self._take(self.bytes, N * K // 2).view(N, K // 2),
+            scale.to(self.dtype).view(N, n_groups),
+            group_size,
+            "coalesced.v1",
+            self.activation,
+            (N, K),
+            self.dtype,
+            None if zero_point is None else zero_point.to(self.dtype),
+        )
+
+
+def weight_bytes(N: int, K: int, group_size: int, zero_points: bool) -> int:
+    """Of one weight as ``RandomWeights`` makes it, with 16-bit scales."""
+    n_groups = K // (group_size or K)
+    return N * K // 2 + N * n_groups * (4 if zero_points else 2)
+
+
+def build(
+    config: Config,
+    *,
+    max_context: int,
+    dtype: torch.dtype,
+    group_size: int,
+    zero_points: bool = False,
+    activation: str = "none",
+) -> Decoder:
+    """A model in eval mode whose linears and head hold random int4 weights.
+
+    Everything else has ``dtype``; nothing of the size of a dense weight is ever made.
+    """
+    with torch.device("meta"):
+        model = Decoder(config, max_context)
+    weights = RandomWeights(dtype, group_size, zero_points, activation)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            weight = weights.weight(module.out_features, module.in_features)
+            module.weight = nn.Parameter(weight, requires_grad=False)
+        elif isinstance(module, nn.RMSNorm):
+            values = weights._take(weights.floats, module.weight.numel()) * 0.2 + 0.9
+            module.weight = nn.Parameter(values.to(dtype), requires_grad=False)
+        elif isinstance(module, nn.Embedding):
+            shape = module.weight.shape
+            values = weights._take(weights.floats.to(dtype), shape.numel()) * 2 - 1
+            module.weight = nn.Parameter(values.view(shape), requires_grad=False)
+    _fill_buffers(model, dtype)
+    return model.eval()
+
+
+def _fill_buffers(model: Decoder, dtype: torch.dtype) -> None:
+    """Caches as zeros, and the tables, which were made without memory."""
+    for layer in model.layers:
+        attention = layer.attention
+        for name in ("k_cache", "v_cache"):
+            setattr(attention, name, torch.zeros(getattr(attention, name).shape, dtype=dtype))
+    positions = torch.arange(model.max_context, dtype=torch.float32)
+    for index, kind in enumerate(model.distinct):
+        steps = torch.arange(0, kind.head_dim, 2, dtype=torch.float32) / kind.head_dim
+        angles = torch.outer(positions, kind.rope_theta**-steps).repeat(1, 2)
+        setattr(model, f"rope_cos_{index}", angles.cos().to(dtype))
+        setattr(model, f"rope_sin_{index}", angles.sin().to(dtype))
+    model.key_pos = torch.arange(model.max_context)
