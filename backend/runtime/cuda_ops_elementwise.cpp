@@ -372,22 +372,6 @@ void logit_out(KernelRuntimeContext& context, Stack stack) {
   e.run(ElementwiseOp::kLogit, true, 2, context);
 }
 
-// glu(self, dim, *, out): the first half of `dim` times the sigmoid of the second
-void glu_out(KernelRuntimeContext& context, Stack stack) {
-  Elementwise e("glu.out", stack, 3);
-  const TensorView x = e.call.input(0);
-  const int dim = e.call.dim(e.call.integer(1), x.ndim);
-  e.call.require(x.ndim > 0 && x.sizes[dim] % 2 == 0, "a dimension of even size");
-  if (!e.call.ok()) return e.call.finish(context);
-  const int64_t half = x.sizes[dim] / 2;
-  e.promotion.add(x);
-  e.args.n_in = 2;
-  e.args.in[0] = sliced(x, dim, 0, half);
-  e.args.in[1] = sliced(x, dim, half, half);
-  e.broadcast(e.args.in[0]);
-  e.run(ElementwiseOp::kGlu, true, 2, context);
-}
-
 constexpr CudaOp kOwnForms[] = {
     {"aten::clamp.Tensor_out", &clamp_out},
     {"aten::clamp.out", &clamp_out},
@@ -395,7 +379,6 @@ constexpr CudaOp kOwnForms[] = {
     {"aten::div.out_mode", &div_mode_out},
     {"aten::elu.out", &elu_out},
     {"aten::gelu.out", &gelu_out},
-    {"aten::glu.out", &glu_out},
     {"aten::hardtanh.out", &hardtanh_out},
     {"aten::leaky_relu.out", &leaky_relu_out},
     {"aten::logit.out", &logit_out},

@@ -138,9 +138,11 @@ TensorView out_as_self(TensorOpCall& call, size_t i, const TensorView& self) {
   return out;
 }
 
-// scatter(self, dim, index, src tensor or value number, *, out)
+// scatter(self, dim, index, src tensor or value number, *, out), scatter_add of the same arguments
+template <bool kAdds>
 void scatter_out(KernelRuntimeContext& context, Stack stack) {
-  TensorOpCall call("scatter.out", stack, 5);
+  TensorOpCall call(kAdds ? "scatter_add.out" : "scatter.out", stack, 5);
+
   const TensorView self = call.input(0), index = index_input(call, 2);
   const int dim = call.dim(call.integer(1), self.ndim);
   IndexArgs args = {};
@@ -157,9 +159,11 @@ void scatter_out(KernelRuntimeContext& context, Stack stack) {
     args.plain.dtype = src.dtype;
     for (int d = 0; d < index.ndim; ++d) args.plain.strides[d] = src.strides[d];
   } else {
+    call.require(!kAdds, "a source to add");
     args.plain = absent_view();
     args.value = number_of(call.scalar(3));
   }
+  args.accumulates = kAdds;
   scatter(call, args);
   call.finish(context);
 }
@@ -263,10 +267,15 @@ void index_put_in_place(KernelRuntimeContext& context, Stack stack) {
 }
 
 constexpr CudaOp kOps[] = {
-    {"aten::embedding.out", &embedding_out},   {"aten::gather.out", &gather_out},
-    {"aten::index.Tensor_out", &index_out},    {"aten::index_put.out", &index_put_out},
-    {"aten::index_put_", &index_put_in_place}, {"aten::index_select.out", &index_select_out},
-    {"aten::scatter.src_out", &scatter_out},   {"aten::scatter.value_out", &scatter_out},
+    {"aten::embedding.out", &embedding_out},
+    {"aten::gather.out", &gather_out},
+    {"aten::index.Tensor_out", &index_out},
+    {"aten::index_put.out", &index_put_out},
+    {"aten::index_put_", &index_put_in_place},
+    {"aten::index_select.out", &index_select_out},
+    {"aten::scatter.src_out", &scatter_out<false>},
+    {"aten::scatter.value_out", &scatter_out<false>},
+    {"aten::scatter_add.out", &scatter_out<true>},
 };
 
 }  // namespace

@@ -117,8 +117,6 @@ struct Mathematics {
         return each(y, [&](int i) { return atan2(a[i], b[i]); });
       case ElementwiseOp::kPow:
         return each(y, [&](int i) { return pow(a[i], b[i]); });
-      case ElementwiseOp::kGlu:
-        return each(y, [&](int i) { return a[i] * sigmoid(b[i]); });
       case ElementwiseOp::kElu:
         return each(y, [&](int i) { return a[i] <= 0 ? expm1(a[i] * alpha) * b[i] : a[i] * c[i]; });
       default:

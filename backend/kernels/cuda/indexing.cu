@@ -192,9 +192,6 @@ Status launch_gather(const IndexArgs& args, const FaultNote& note, cudaStream_t 
 }
 
 Status launch_scatter(const IndexArgs& args, const FaultNote& note, cudaStream_t stream) {
-  if (args.accumulates)
-    return error(StatusCode::kUnsupported,
-                 "%.200s: expected accumulate=False on CUDA, got True; use device cpu", args.who);
   return launch<true>(args, note, stream);
 }
 

@@ -1,4 +1,4 @@
-// Reading and writing by index: indexing.cu.
+// Reading and writing by index: indexing.cu; adding up by index: accumulate.cu.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,5 +10,6 @@ namespace cuda_int4 {
 
 Status launch_gather(const IndexArgs& args, const FaultNote& note, cudaStream_t stream);
 Status launch_scatter(const IndexArgs& args, const FaultNote& note, cudaStream_t stream);
+Status launch_accumulate(const IndexArgs& args, const FaultNote& note, cudaStream_t stream);
 
 }  // namespace cuda_int4

@@ -52,7 +52,7 @@ struct DeviceLoop {
 #endif
 };
 
-constexpr int kMaxOperands = 2 + kMaxDims;
+constexpr int kMaxOperands = 2 + 2 * kMaxDims;
 constexpr int64_t kMaxSteps = INT32_MAX;  // of one launch; more are split on the host
 
 struct LoopNest {

@@ -42,7 +42,8 @@ Status gather(const IndexArgs& args, const ExecutionContext& context) {
 }
 
 Status scatter(const IndexArgs& args, const ExecutionContext& context) {
-  return launch_scatter(args, fault_note(context), stream_of(context));
+  const auto launch = args.accumulates ? launch_accumulate : launch_scatter;
+  return launch(args, fault_note(context), stream_of(context));
 }
 
 }  // namespace

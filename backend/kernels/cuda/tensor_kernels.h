@@ -94,7 +94,6 @@ enum class ElementwiseOp : int32_t {
   kLogit,  // of a clamped to [b, 1 - b]; b < 0: of a as it is
   kAtan2,
   kPow,
-  kGlu,  // a * sigmoid(b)
   kElu,  // a <= 0 ? expm1(a * alpha) * b : a * c
 };
 constexpr ElementwiseOp kFirstMath = ElementwiseOp::kExp;
