@@ -222,6 +222,8 @@ class _Support(OperatorSupportBase):
         foreign = _foreign_tensor(node)
         if foreign is not None:
             return foreign
+        if "cuda" in self.known and _has_mask_as_index(op, node):
+            return "expected integer indices, got a mask: use torch.where, or export for cpu only"
         op = resolve_dim_order.plain_op(node) or op
         if op in _EMITTED_AS and self._lookup(_EMITTED_AS[op]) is None:
             return None
@@ -251,6 +253,17 @@ def _foreign_tensor(node: Node) -> str | None:
         if is_channels_last_contiguous_or_false(tensor) and not is_contiguous_or_false(tensor):
             return "expected contiguous tensors, got channels_last"
     return None
+
+
+def _has_mask_as_index(op: torch._ops.OpOverload, node: Node) -> bool:
+    """Whether an ``index`` or ``index_put`` must first count the positions of a mask.
+
+    A GPU's caller would have to wait for the count.
+    """
+    if op not in (aten.index.Tensor, aten.index_put.default):
+        return False
+    indices = [index.meta["val"].dtype for index in node.args[1] if index is not None]  # type: ignore[union-attr]
+    return torch.bool in indices or torch.uint8 in indices
 
 
 def _refuse_int4_that_cannot_be_honoured(program: ExportedProgram) -> None:

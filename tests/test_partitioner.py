@@ -194,6 +194,29 @@ def test_a_node_goes_in_if_every_device_has_its_kernel(monkeypatch, tmp_path):
     assert_runs_like_eager(manager, model, X, tmp_path=tmp_path)
 
 
+class PutsByMask(nn.Module):
+    """A linear, and 1 where it is negative."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.a = graphs.Linear(weight)
+
+    def forward(self, x):
+        """By a mask as the index."""
+        y = self.a(x)
+        return torch.ops.aten.index_put(y, [y < 0], torch.ones(()))
+
+
+def test_a_mask_as_an_index_stays_outside_of_a_file_for_cuda(tmp_path):
+    model = PutsByMask(graphs.packed(CASE))
+    manager, partitioner = lower(model, X, devices=("cpu",))
+    assert outside(manager) == []
+    manager, partitioner = lower(model, X, devices=("cpu", "cuda"))
+    assert outside(manager) == [torch.ops.aten.index_put.default]
+    assert "got a mask" in partitioner.report[0]["reason"]
+    assert_runs_like_eager(manager, model, X, tmp_path=tmp_path)
+
+
 @pytest.mark.parametrize("devices", ["cuda", (), ("cpu", "tpu")])
 def test_devices_that_are_none(devices):
     with pytest.raises(ValueError, match="expected device"):
