@@ -19,7 +19,8 @@ CudaOps cuda_elementwise_ops();  // cuda_ops_elementwise.cpp: arithmetic, compar
 CudaOps cuda_shape_ops();        // cuda_ops_shape.cpp: views that copy, cat, pad, making tensors
 CudaOps cuda_index_ops();        // cuda_ops_index.cpp: embedding, gather, index, index_put, scatter
 CudaOps cuda_reduce_ops();       // cuda_ops_reduce.cpp: sum, argmax, softmax, norms, cumsum, topk
-CudaOps cuda_matmul_ops();       // cuda_ops_matmul.cpp: linear, bmm, mm, addmm, convolution
+CudaOps cuda_convolution_ops();  // cuda_ops_convolution.cpp: convolution, pooling
+CudaOps cuda_matmul_ops();       // cuda_ops_matmul.cpp: linear, bmm, mm, addmm
 
 /// All of them.
 executorch::runtime::Span<const CudaOps> cuda_op_families();

@@ -357,6 +357,79 @@ def matmuls() -> Iterator[Case]:
         yield Case(f"bmm {dtype}", torch.bmm, made(a, b), exact=True)
 
 
+# Input, weight, stride, padding, dilation, groups, transposed, output padding.
+CONVOLUTIONS = (
+    ((2, 3, 32, 32), (24, 3, 8, 8), 8, 0, 1, 1, False, 0),
+    ((1, 3, 17, 19), (5, 3, 3, 3), 1, 1, 1, 1, False, 0),
+    ((2, 8, 14, 13), (16, 8, 3, 2), (2, 1), (1, 0), (1, 2), 1, False, 0),
+    ((3, 16, 9, 9), (24, 16, 1, 1), 1, 0, 1, 1, False, 0),
+    ((2, 12, 10, 11), (12, 1, 3, 3), 1, 1, 1, 12, False, 0),
+    ((2, 8, 10, 11), (6, 4, 3, 3), 1, 1, 1, 2, False, 0),
+    ((2, 80, 101), (64, 80, 3), 2, 1, 1, 1, False, 0),
+    ((1, 24, 50), (24, 1, 5), 1, 4, 1, 24, False, 0),
+    ((2, 6, 7, 9), (6, 4, 3, 3), 2, 1, 1, 1, True, 1),
+    ((2, 6, 7), (6, 2, 4), 3, 0, 2, 2, True, 0),
+)
+
+
+def convolutions() -> Iterator[Case]:
+    for dtype in (*FLOATS, DOUBLE):
+        for x, w, stride, padding, dilation, groups, transposed, more in CONVOLUTIONS:
+            n_out = w[1] * groups if transposed else w[0]
+            n = len(x) - 2
+            lists = [
+                [v] * n if isinstance(v, int) else list(v) for v in (stride, padding, dilation)
+            ]
+            options = (*lists, transposed, [more] * n, groups)
+            parts = [normal(*shape, dtype=dtype, mean=0) for shape in (x, w, (n_out,))]
+            what = f"{x} {w} {options} {dtype}"
+            yield Case(
+                f"convolution {what}",
+                lambda x, w, b, o=options: aten.convolution(x, w, b, *o),
+                made(*parts),
+            )
+            yield Case(
+                f"convolution without bias {what}",
+                lambda x, w, o=options: aten.convolution(x, w, None, *o),
+                made(*parts[:2]),
+            )
+    last = torch.channels_last
+    yield Case(
+        "convolution of channels last",
+        lambda x, w, b: F.conv2d(x.to(memory_format=last), w, b, 2).contiguous(),
+        made(normal(2, 16, 12, 10), normal(8, 16, 3, 3), normal(8)),
+    )
+
+
+def pools() -> Iterator[Case]:
+    for dtype in (*FLOATS, DOUBLE):
+        x = made(normal(2, 3, 13, 18, dtype=dtype))
+        what = str(dtype)
+        yield Case(f"avg_pool {what}", lambda x: F.avg_pool2d(x, 3), x)
+        yield Case(f"avg_pool padded {what}", lambda x: F.avg_pool2d(x, 3, 2, 1), x)
+        yield Case(
+            f"avg_pool ceil {what}",
+            lambda x: F.avg_pool2d(x, (3, 4), (2, 3), (1, 2), True, False),
+            x,
+        )
+        yield Case(f"avg_pool ceil padded {what}", lambda x: F.avg_pool2d(x, 4, 3, 2, True), x)
+        yield Case(f"avg_pool divisor {what}", lambda x: F.avg_pool2d(x, 2, divisor_override=3), x)
+        yield Case(f"adaptive {what}", lambda x: F.adaptive_avg_pool2d(x, (5, 7)), x)
+        yield Case(f"adaptive larger {what}", lambda x: F.adaptive_avg_pool2d(x, (16, 1)), x)
+        strewn = made(special(2, 3, 13, 18, dtype=dtype))
+        for options in ((3,), (3, 2, 1), ((2, 3), (2, 1), (1, 1), (2, 3)), (3, 2, 1, 1, True)):
+            yield Case(
+                f"max_pool {options} {what}",
+                lambda x, o=options: aten.max_pool2d_with_indices(x, *listed(o)),
+                strewn,
+                exact=True,
+            )
+
+
+def listed(options: tuple) -> list:
+    return [list(o) if isinstance(o, tuple) else o if o is True else [o, o] for o in options]
+
+
 GROUPS: dict[str, Callable[[], Iterator[Case]]] = {
     "sums": sums,
     "products of elements": products_of_elements,
@@ -368,6 +441,8 @@ GROUPS: dict[str, Callable[[], Iterator[Case]]] = {
     "running sums": running_sums,
     "topk": topks,
     "matmul": matmuls,
+    "convolution": convolutions,
+    "pooling": pools,
 }
 
 

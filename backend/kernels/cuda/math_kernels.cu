@@ -1,4 +1,5 @@
 // The table of math_kernels.h: tensor views to plain arguments, CUDA's errors to ours.
+#include "convolution_kernels.cuh"
 #include "launch_status.cuh"
 #include "math_kernels.h"
 #include "matmul_kernels.cuh"
@@ -59,6 +60,12 @@ Status run_topk(const TopkArgs& args, const ExecutionContext& context) {
   return launch_status("cuda_int4::topk", launch_topk(args, context.scratch, stream_of(context)));
 }
 
+Status run_convolution(const ConvolutionArgs& args, const ExecutionContext& context) {
+  return launch_status(
+      "cuda_int4::convolution",
+      launch_convolution(args, context.scratch, context.scratch_bytes, stream_of(context)));
+}
+
 // Kernels that need nothing but their arguments and the stream.
 template <typename Args, cudaError_t (*kLaunch)(const Args&, cudaStream_t), const char* kName>
 Status run(const Args& args, const ExecutionContext& context) {
@@ -70,6 +77,7 @@ constexpr char kLayerNorm[] = "cuda_int4::layer_norm";
 constexpr char kGroupNorm[] = "cuda_int4::group_norm";
 constexpr char kBatchNorm[] = "cuda_int4::batch_norm";
 constexpr char kCumsum[] = "cuda_int4::cumsum";
+constexpr char kPool[] = "cuda_int4::pool";
 constexpr char kGlu[] = "cuda_int4::glu";
 
 }  // namespace
@@ -89,6 +97,9 @@ const MathKernels kMathKernels = {
     run<GluArgs, launch_glu, kGlu>,
     topk_scratch_bytes,
     run_topk,
+    convolution_scratch_bytes,
+    run_convolution,
+    run<PoolArgs, launch_pool, kPool>,
 };
 
 }  // namespace cuda_int4

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../ops.h"
+#include "convolution.h"
 #include "matmul.h"
 #include "reduce.h"
 #include "row_args.h"
@@ -28,6 +29,10 @@ struct MathKernels {
   Status (*glu)(const GluArgs& args, const ExecutionContext& context);
   uint64_t (*topk_scratch_bytes)(const TopkArgs& args);
   Status (*topk)(const TopkArgs& args, const ExecutionContext& context);
+
+  uint64_t (*convolution_scratch_bytes)(const ConvolutionArgs& args);
+  Status (*convolution)(const ConvolutionArgs& args, const ExecutionContext& context);
+  Status (*pool)(const PoolArgs& args, const ExecutionContext& context);
 };
 
 extern const MathKernels kMathKernels;  // only in a build with nvcc: go through cuda_kernels()
