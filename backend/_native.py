@@ -34,7 +34,7 @@ from typing import Any
 MAX_DIMS = 8
 DEVICE_CPU, DEVICE_CUDA = 0, 1
 DEVICES = ("cpu", "cuda")  # their names, by number
-EXPORT_DEVICES = ("cpu",)  # those that a file is made for unless the caller says otherwise
+EXPORT_DEVICES = DEVICES  # those that a file is made for unless the caller says otherwise
 
 # torch dtype (by name) -> number of torch::ScalarType, as in kernels/tensor_view.h.
 DTYPE_NUMBERS = {

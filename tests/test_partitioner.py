@@ -143,13 +143,13 @@ def test_a_node_without_a_kernel_stays_outside_with_its_reason(whole, caplog, tm
         report(partitioner),
         """\
 aten__pdist_forward_default: aten._pdist_forward.default: libcuda_int4 has no kernel for
-    aten::_pdist_forward.out on cpu""",
+    aten::_pdist_forward.out on cpu, cuda""",
     )
     assert_expected_inline(
         folded(*caplog.messages),
         """\
 1 x aten._pdist_forward.default outside the delegate: libcuda_int4 has no kernel for
-    aten::_pdist_forward.out on cpu""",
+    aten::_pdist_forward.out on cpu, cuda""",
     )
     first, second = delegates(manager)
     for delegate in (first, second):
@@ -159,7 +159,7 @@ aten__pdist_forward_default: aten._pdist_forward.default: libcuda_int4 has no ke
             "layout": "auto",
             "activation": "none",
             "external_weights": "",
-            "devices": "cpu",
+            "devices": "cpu,cuda",
         }
     assert [len(blob.linears) for blob in blobs(manager)] == [1, 1]
     assert_runs_like_eager(manager, model, X, tmp_path=tmp_path)
@@ -315,7 +315,7 @@ def test_a_mutated_buffer_that_the_outside_reads_stays_outside(tmp_path):
         """\
 b_seen: buffer: a mutated buffer that more than one partition, or the outside, uses
 aten__pdist_forward_default: aten._pdist_forward.default: libcuda_int4 has no kernel for
-    aten::_pdist_forward.out on cpu""",
+    aten::_pdist_forward.out on cpu, cuda""",
     )
     assert_runs_like_eager(manager, model, X, tmp_path=tmp_path)
 
