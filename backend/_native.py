@@ -241,6 +241,10 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "silu": (c_int32, [POINTER(SiluArgs), c_int32, c_void_p]),
     "model_open": (c_int32, [c_char_p, c_char_p, c_char_p, c_int32, POINTER(c_void_p)]),
     "model_open_with": (c_int32, [c_char_p, c_char_p, POINTER(ModelOptions), POINTER(c_void_p)]),
+    "model_profile": (
+        c_int32,
+        [c_void_p, c_char_p, POINTER(TensorView), c_uint64, c_int32, POINTER(c_char_p)],
+    ),
     "model_device_use": (c_int32, [c_void_p, POINTER(DeviceUse)]),
     "model_close": (None, [c_void_p]),
     "model_forward": (

@@ -58,6 +58,37 @@ class DeviceUse:
     replays: int
 
 
+@dataclass(frozen=True)
+class OpTime:
+    """One instruction of a delegate: what it called, on which weight, how long it took."""
+
+    op: str
+    detail: str
+    us: float
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Where the time of one call goes.
+
+    Attributes:
+        total_us: of the delegates' work on the device, transfers of inputs included.
+        instructions: in their order. On a GPU the timestamps between them cost about a microsecond
+            each, so that their sum is more than ``total_us``.
+    """
+
+    total_us: float
+    instructions: tuple[OpTime, ...]
+
+    def by_op(self) -> dict[str, tuple[int, float]]:
+        """Name of the op -> how many there are, and their microseconds together; dearest first."""
+        sums: dict[str, tuple[int, float]] = {}
+        for one in self.instructions:
+            n, us = sums.get(one.op, (0, 0.0))
+            sums[one.op] = (n + 1, us + one.us)
+        return dict(sorted(sums.items(), key=lambda item: -item[1][1]))
+
+
 class Model:
     """A loaded ``.pte``; made by :func:`load`.
 
@@ -113,23 +144,41 @@ class Model:
         Raises:
             CudaInt4Error: wrong number, dtype or sizes of inputs, or a kernel failed.
         """
-        import torch
-
-        tensors = []
-        for value in inputs:
-            tensor = value if isinstance(value, torch.Tensor) else _number(value)
-            if tensor.device.type != "cpu":
-                raise ValueError(f"{method}: expected CPU tensors, got one on {tensor.device}")
-            tensors.append(tensor.detach().contiguous())
-        views = (TensorView * len(tensors))(*map(tensor_view, tensors))
+        views, _alive = _input_views(method, inputs)
         n_outputs = ctypes.c_uint64()
         with self._lock:
             check(
                 library().model_forward(
-                    self.handle, method.encode(), views, len(tensors), ctypes.byref(n_outputs)
+                    self.handle, method.encode(), views, len(views), ctypes.byref(n_outputs)
                 )
             )
             return [self._output(i) for i in range(n_outputs.value)]
+
+    def profile(
+        self,
+        *inputs: torch.Tensor | int | float | bool,
+        method: str = "forward",
+        rounds: int = 10,
+    ) -> Profile:
+        """Where the time of one call goes, op by op: the median of ``rounds`` runs.
+
+        The method runs ``rounds`` + 2 times or so. One that writes to given positions of a cache
+        ends where one call would end; one that adds to a state does not: ``reset()`` it.
+
+        Raises:
+            CudaInt4Error: as :meth:`run`.
+        """
+        views, _alive = _input_views(method, inputs)
+        text = ctypes.c_char_p()
+        with self._lock:
+            check(
+                library().model_profile(
+                    self.handle, method.encode(), views, len(views), rounds, ctypes.byref(text)
+                )
+            )
+            lines = [line.split("\t") for line in (text.value or b"").decode().splitlines()]
+        (total, _, _), *rest = lines
+        return Profile(float(total), tuple(OpTime(op, what, float(us)) for us, op, what in rest))
 
     def _output(self, index: int) -> torch.Tensor:
         view = TensorView()
@@ -282,6 +331,19 @@ def _code_in(text: str) -> int:
     """The number in executorch's "error: 0x:30" or "error 0x30"; else 1 (Internal)."""
     found = re.search(r"0x:?([0-9a-fA-F]+)", text)
     return int(found[1], 16) if found else 1
+
+
+def _input_views(method: str, inputs: tuple[Any, ...]) -> tuple[Any, list[torch.Tensor]]:
+    """TensorViews of the inputs, and the tensors that must live as long as they do."""
+    import torch
+
+    tensors = []
+    for value in inputs:
+        tensor = value if isinstance(value, torch.Tensor) else _number(value)
+        if tensor.device.type != "cpu":
+            raise ValueError(f"{method}: expected CPU tensors, got one on {tensor.device}")
+        tensors.append(tensor.detach().contiguous())
+    return (TensorView * len(tensors))(*map(tensor_view, tensors)), tensors
 
 
 def _number(value: int | float | bool) -> torch.Tensor:

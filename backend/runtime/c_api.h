@@ -95,6 +95,13 @@ CUDA_INT4_API const char* cuda_int4_model_methods(cuda_int4_model* model);
 // Zeroes every mutable buffer (KV caches): a new conversation.
 CUDA_INT4_API int32_t cuda_int4_model_reset(cuda_int4_model* model);
 
+// Where the time of one call of `method` goes, instruction by instruction of its delegates, as the
+// median of `rounds` runs (Model::profile in model.h, profile.h). *text, valid until the next profile
+// of this model: a line "<microseconds>\ttotal\t", then "<microseconds>\t<op>\t<detail>" for each.
+CUDA_INT4_API int32_t cuda_int4_model_profile(cuda_int4_model* model, const char* method,
+                                              const cuda_int4::TensorView* inputs,
+                                              uint64_t n_inputs, int32_t rounds, const char** text);
+
 // What a model has done on its device so far: device_use.h.
 struct cuda_int4_device_use {
   char device[32];

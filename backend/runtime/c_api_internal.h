@@ -16,6 +16,7 @@
 struct cuda_int4_model {
   std::unique_ptr<cuda_int4::Model> model;
   std::string methods;  // what cuda_int4_model_methods returns
+  std::string profile;  // what cuda_int4_model_profile returned last
 };
 
 namespace cuda_int4 {

@@ -85,3 +85,21 @@ int32_t cuda_int4_model_device_use(cuda_int4_model* model, cuda_int4_device_use*
     return Error::Ok;
   });
 }
+
+int32_t cuda_int4_model_profile(cuda_int4_model* model, const char* method,
+                                const TensorView* inputs, uint64_t n_inputs, int32_t rounds,
+                                const char** text) {
+  return guarded([&]() -> Error {
+    Error error = check_handle(model);
+    if (error != Error::Ok) return error;
+    if (text == nullptr) return fail(Error::InvalidArgument, "profile: text is nullptr");
+    Profile profile;
+    error = model->model->profile(method, inputs, n_inputs, rounds, &profile);
+    if (error != Error::Ok) return error;
+    model->profile = std::to_string(profile.total_us) + "\ttotal\t\n";
+    for (const InstructionTime& one : profile.instructions)
+      model->profile += std::to_string(one.us) + "\t" + one.op + "\t" + one.detail + "\n";
+    *text = model->profile.c_str();
+    return Error::Ok;
+  });
+}

@@ -1,4 +1,6 @@
 // The CPU as a Device: host memory, kernels of op_table.h, no stream.
+#include <algorithm>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 
@@ -41,9 +43,21 @@ class CpuDevice final : public Device {
     return Error::Ok;
   }
 
+  void mark(size_t i) override {
+    if (marks_.size() <= i) marks_.resize(i + 1);
+    marks_[i] = std::chrono::steady_clock::now();
+  }
+  double microseconds_between(size_t from, size_t to) override {
+    if (std::max(from, to) >= marks_.size()) return -1;
+    return std::chrono::duration<double, std::micro>(marks_[to] - marks_[from]).count();
+  }
+
   bool reads_host_memory() const override { return true; }
   void* stream() const override { return nullptr; }
   OpFunction find_kernel(std::string_view op) const override { return find_cpu_kernel(op); }
+
+ private:
+  std::vector<std::chrono::steady_clock::time_point> marks_;
 };
 
 }  // namespace

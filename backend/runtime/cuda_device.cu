@@ -3,6 +3,7 @@
 // The device is made current for each call and the one before is restored, so that neither the
 // caller's current device nor another method's matters. No state outside of the object.
 #include <cuda_runtime.h>
+#include <nvtx3/nvToolsExt.h>
 
 #include <algorithm>
 #include <atomic>
@@ -161,6 +162,8 @@ class CudaDevice final : public Device {
     const DeviceScope scope(*this);
     if (owns_stream_) cudaStreamDestroy(stream_);
     if (capture_stream_ != nullptr) cudaStreamDestroy(capture_stream_);
+    for (cudaEvent_t mark : marks_)
+      if (mark != nullptr) cudaEventDestroy(mark);
     cudaGetLastError();
   }
 
@@ -318,6 +321,33 @@ class CudaDevice final : public Device {
                  cudaGraphLaunch(static_cast<CudaGraph&>(graph).exec, stream_));
   }
 
+  void mark(size_t i) override {
+    const DeviceScope scope(*this);
+    while (marks_.size() <= i) {
+      cudaEvent_t event = nullptr;
+      if (cudaEventCreate(&event) != cudaSuccess) event = nullptr;
+      marks_.push_back(event);
+    }
+    // External: while capturing it becomes a node of the graph, which sets the event at each launch.
+    const unsigned flags = capturing_ ? cudaEventRecordExternal : cudaEventRecordDefault;
+    if (marks_[i] == nullptr ||
+        cudaEventRecordWithFlags(marks_[i], static_cast<cudaStream_t>(stream()), flags) !=
+            cudaSuccess)
+      cudaGetLastError();
+  }
+  double microseconds_between(size_t from, size_t to) override {
+    const DeviceScope scope(*this);
+    float milliseconds = 0;
+    if (std::max(from, to) >= marks_.size() ||
+        cudaEventElapsedTime(&milliseconds, marks_[from], marks_[to]) != cudaSuccess) {
+      cudaGetLastError();
+      return -1;
+    }
+    return double(milliseconds) * 1000;
+  }
+  void push_range(const char* name) override { nvtxRangePushA(name); }
+  void pop_range() override { nvtxRangePop(); }
+
   OpFunction find_kernel(std::string_view op) const override { return find_cuda_kernel(op); }
 
  private:
@@ -346,6 +376,7 @@ class CudaDevice final : public Device {
   cudaStream_t capture_stream_ = nullptr;
   bool owns_stream_ = false;
   bool capturing_ = false;
+  std::vector<cudaEvent_t> marks_;
   std::unordered_map<void*, size_t> sizes_;  // of what is allocated
 };
 

@@ -92,11 +92,13 @@ class CudaInt4Backend final : public executorch::runtime::BackendInterface {
     return static_cast<DelegateHandle*>(method.release());
   }
 
-  Error execute(BackendExecutionContext&, DelegateHandle* handle,
+  Error execute(BackendExecutionContext& context, DelegateHandle* handle,
                 Span<EValue*> args) const override {
     if (handle == nullptr) return Error::DelegateInvalidHandle;
     clear_last_error();
-    return guarded([&] { return static_cast<DelegateMethod*>(handle)->execute(args); });
+    return guarded([&] {
+      return static_cast<DelegateMethod*>(handle)->execute(args, context.event_tracer());
+    });
   }
 
   void destroy(DelegateHandle* handle) const override {

@@ -2,6 +2,7 @@
 // and from the second call of a shape on as a replayed graph.
 #include <executorch/runtime/core/exec_aten/util/tensor_util.h>
 #include <executorch/runtime/platform/log.h>
+#include <executorch/runtime/platform/platform.h>
 
 #include <algorithm>
 #include <cinttypes>
@@ -26,6 +27,8 @@ using executorch::aten::StridesType;
 using executorch::aten::Tensor;
 using executorch::runtime::Error;
 using executorch::runtime::EValue;
+using executorch::runtime::EventTracer;
+using executorch::runtime::EventTracerProfilingLevel;
 
 namespace {
 
@@ -39,7 +42,7 @@ Error sizes_error(size_t i, Error error, const Tensor& given) {
 
 }  // namespace
 
-Error DelegateMethod::execute(Args args) {
+Error DelegateMethod::execute(Args args, EventTracer* tracer) {
   const size_t n_inputs = method_->inputs_size();
   if (args.size() != n_inputs + outputs_.size())
     return fail(
@@ -56,8 +59,17 @@ Error DelegateMethod::execute(Args args) {
     const Error error = check_output(i, *outputs[i]);
     if (error != Error::Ok) return error;
   }
-  return device_->reads_host_memory() ? execute_in_place(inputs, outputs)
-                                      : execute_staged(inputs, outputs);
+  if (profile_rounds_ > 0) return take_profile(inputs, outputs);
+  if (tracer != nullptr &&
+      tracer->event_tracer_profiling_level() < EventTracerProfilingLevel::kProfileAllEvents)
+    tracer = nullptr;
+  marking_ = tracer != nullptr;
+  const uint64_t start_ticks = executorch::runtime::pal_current_ticks();
+  const Error error = device_->reads_host_memory() ? execute_in_place(inputs, outputs)
+                                                   : execute_staged(inputs, outputs);
+  marking_ = false;
+  if (error == Error::Ok && tracer != nullptr) report_times(tracer, start_ticks);
+  return error;
 }
 
 /// Everything but the sizes, which set_input checks.
@@ -106,18 +118,43 @@ Error DelegateMethod::run() {
   execution.stream = device_->stream();
   execution.parallel_for = execution.device == DeviceKind::kCpu ? &parallel_for : nullptr;
   execution.fault = fault();
-  const ExecutionScope scope(execution);
+  if (shared_activation_ != nullptr) shared_activation_->forget();
+  const ExecutionScope scope(execution, shared_activation_.get());
   const size_t before = temp_->resets();
   // The first reset is the execution's, each later one ends an instruction.
-  temp_->set_on_reset([&] { set_current_instruction(uint32_t(temp_->resets() - before - 1)); });
+  temp_->set_on_reset([&] {
+    const size_t next = temp_->resets() - before - 1;
+    if (next > 0) end_instruction(next - 1);
+    begin_instruction(next);
+  });
   const Error error = method_->execute();
   temp_->set_on_reset({});
+  end_instruction(operators_.size());
   if (error == Error::Ok) return error;
   const std::string op = operator_at(blob_.program, name_, temp_->resets() - before - 2);
   return fail_unless_explained(error,
                                "nested program: %s refused its arguments with %s (the log says "
                                "why); run with sizes and indices the model was exported for",
                                op.c_str(), executorch::runtime::to_string(error));
+}
+
+/// After the last one, with their number, too.
+void DelegateMethod::begin_instruction(size_t i) {
+  set_current_instruction(uint32_t(i));
+  if (marking_) device_->mark(i);
+  if (i < operators_.size()) {
+    device_->push_range(operators_[i].c_str());
+    in_range_ = true;
+  }
+}
+
+void DelegateMethod::end_instruction(size_t i) {
+  if (in_range_) device_->pop_range();
+  in_range_ = false;
+  // "cuda_int4::index_put_": what it wrote to may be what was quantised.
+  if (shared_activation_ != nullptr && i < operators_.size() &&
+      operators_[i].substr(0, operators_[i].find('.')).back() == '_')
+    shared_activation_->forget();
 }
 
 // ---- in the caller's memory ----
@@ -202,19 +239,21 @@ Error DelegateMethod::execute_staged(Args inputs, Args outputs) {
   }
   *fault() = {};
 
-  SettledShape* shape = cuda_graph_ ? shapes_.find(key_) : nullptr;
-  if (shape != nullptr && (shape->graph == nullptr || shape->generation != temp_->generation()))
+  SettledShape* shape = cuda_graph_ && !marking_ ? shapes_.find(key_) : nullptr;
+  if (shape != nullptr && (shape->graph == nullptr || shape->generation != generation()))
     capture(inputs, shape);
   Error error = Error::Ok;
   if (shape != nullptr && shape->graph != nullptr) {
+    device_->push_range("cuda_int4: graph");
     error = device_->launch(*shape->graph);
+    device_->pop_range();
     ++replays_;
   } else {
     error = run_staged(inputs);
     ++eager_runs_;
     if (error == Error::Ok) {
       note_outputs(&results_);
-      if (cuda_graph_) {
+      if (cuda_graph_ && !marking_) {
         if (shape == nullptr) shape = &shapes_.add(key_);
         shape->outputs = results_;
       }
@@ -292,25 +331,33 @@ Error DelegateMethod::run_staged(Args inputs) {
   return run();
 }
 
-/// A run of this shape as a graph; none where it cannot be recorded, and the call runs eagerly.
+/// Of all memory that graphs hold addresses of and that grows.
+size_t DelegateMethod::generation() const {
+  return temp_->generation() + shared_activation_->generation();
+}
+
+/// A run on the staged inputs as a graph; nullptr where it cannot be recorded.
+std::unique_ptr<DeviceGraph> DelegateMethod::record(Args inputs) {
+  if (!device_->begin_capture()) return nullptr;
+  const Error error = run_staged(inputs);
+  std::unique_ptr<DeviceGraph> graph = device_->end_capture();
+  if (error == Error::Ok) return graph;
+  clear_last_error();
+  return nullptr;
+}
+
+/// A graph of this shape, or none, and the call runs eagerly.
 void DelegateMethod::capture(Args inputs, SettledShape* shape) {
   constexpr int kMaxFailures = 2;
   shape->graph.reset();
   if (shape->failed_captures == kMaxFailures) return;
-  const size_t generation = temp_->generation();
-  if (device_->begin_capture()) {
-    const Error error = run_staged(inputs);
-    std::unique_ptr<DeviceGraph> graph = device_->end_capture();
-    if (error == Error::Ok && graph != nullptr && temp_->generation() == generation) {
-      shape->graph = std::move(graph);
-      shape->generation = generation;
-      ++captures_;
-      return;
-    }
-  }
-  clear_last_error();
-  if (++shape->failed_captures == kMaxFailures)
+  shape->graph = record(inputs);
+  shape->generation = generation();
+  if (shape->graph != nullptr) {
+    ++captures_;
+  } else if (++shape->failed_captures == kMaxFailures) {
     ET_LOG(Info, "cuda_int4: a shape of inputs that cannot be captured in a graph runs eagerly");
+  }
 }
 
 void DelegateMethod::note_outputs(std::vector<SettledOutput>* outputs) {
@@ -363,6 +410,97 @@ Error DelegateMethod::fault_error() const {
               "nested program: %s: expected indices in 0..%" PRId64 ", got %" PRId64
               "; run with indices the model was exported for",
               op.c_str(), found.limit - 1, found.value);
+}
+
+// ---- times ----
+
+/// What instructions are, for who reads their times.
+void DelegateMethod::describe_instructions() {
+  std::vector<LinearCall> calls;
+  if (program_linears(blob_.program, &calls) != Error::Ok) calls.clear();
+  size_t n_linears = 0;
+  profile_.instructions.clear();
+  for (const std::string& op : operators_) {
+    std::string detail;
+    if (op == "cuda_int4::linear.out" && n_linears < calls.size()) {
+      const LinearCall& call = calls[n_linears++];
+      for (const LinearRecord& linear : blob_.linears)
+        if (call.qdata == blob_.constants[size_t(linear.qdata)].key)
+          detail = linear.name + " N=" + std::to_string(linear.N) +
+                   " K=" + std::to_string(linear.K) +
+                   (linear.activation == "int8" ? " w4a8" : " w4a16");
+    }
+    profile_.instructions.push_back({op, detail, 0});
+  }
+}
+
+void DelegateMethod::report_times(EventTracer* tracer, uint64_t start_ticks) {
+  const auto ratio = executorch::runtime::pal_ticks_to_ns_multiplier();
+  const double ticks_per_us = 1000.0 * double(ratio.denominator) / double(ratio.numerator);
+  double at_us = 0;
+  for (size_t i = 0; i < operators_.size(); ++i) {
+    const double us = std::max(0.0, device_->microseconds_between(i, i + 1));
+    if (!operators_[i].empty())
+      tracer->log_profiling_delegate(operators_[i].c_str(),
+                                     executorch::runtime::kUnsetDelegateDebugIntId,
+                                     start_ticks + uint64_t(at_us * ticks_per_us),
+                                     start_ticks + uint64_t((at_us + us) * ticks_per_us));
+    at_us += us;
+  }
+}
+
+/// One run with marks: mark i is where instruction i begins.
+Error DelegateMethod::profile_round(DeviceGraph* graph, Args inputs, Args outputs) {
+  if (graph != nullptr) {
+    const Error error = device_->launch(*graph);
+    return error == Error::Ok ? device_->synchronize() : error;
+  }
+  marking_ = true;
+  const Error error = device_->reads_host_memory() ? execute_in_place(inputs, outputs)
+                                                   : execute_staged(inputs, outputs);
+  marking_ = false;
+  return error;
+}
+
+Error DelegateMethod::take_profile(Args inputs, Args outputs) {
+  describe_instructions();
+  const DeviceScope scope(*device_);
+  const bool staged = !device_->reads_host_memory();
+  std::unique_ptr<DeviceGraph> plain, marked;
+  if (staged) {
+    Error error = execute_staged(inputs, outputs);  // all memory has grown to its size
+    if (error != Error::Ok) return error;
+    plain = record(inputs);
+    marking_ = true;
+    marked = record(inputs);
+    marking_ = false;
+    if (plain == nullptr) marked.reset();
+    if (marked == nullptr) plain.reset();
+  }
+  const size_t n = operators_.size();
+  std::vector<std::vector<double>> us(n + 1);
+  for (int round = 0; round < profile_rounds_; ++round) {
+    const Error error = profile_round(marked.get(), inputs, outputs);
+    if (error != Error::Ok) return error;
+    for (size_t i = 0; i < n; ++i) us[i].push_back(device_->microseconds_between(i, i + 1));
+    double total_us = device_->microseconds_between(0, n);
+    if (plain != nullptr) {
+      device_->mark(0);
+      Error failed = device_->launch(*plain);
+      device_->mark(1);
+      if (failed == Error::Ok) failed = device_->synchronize();
+      if (failed != Error::Ok) return failed;
+      total_us = device_->microseconds_between(0, 1);
+    }
+    us[n].push_back(total_us);
+  }
+  const auto median = [](std::vector<double>& values) {
+    std::sort(values.begin(), values.end());
+    return values[values.size() / 2];
+  };
+  for (size_t i = 0; i < n; ++i) profile_.instructions[i].us = median(us[i]);
+  profile_.total_us = median(us[n]);
+  return Error::Ok;
 }
 
 Error DelegateMethod::reset() {

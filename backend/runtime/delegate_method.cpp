@@ -53,6 +53,7 @@ DelegateMethod::~DelegateMethod() {
   method_.reset();
   program_.reset();
   temp_.reset();
+  shared_activation_.reset();
   constants_.reset();
   for (void* allocation : allocations_) device_->free(allocation);
   device_->free_host(fault_memory_.host);
@@ -225,6 +226,7 @@ Error DelegateMethod::load_program() {
   const Result<const char*> name = program_->get_method_name(0);
   if (!name.ok()) return refused(name.error());
   name_ = name.get();
+  operators_ = instruction_operators(blob_.program, name_);
   return Error::Ok;
 }
 
@@ -332,6 +334,7 @@ Error DelegateMethod::stage(const char* what, size_t i, size_t nbytes, Staged* o
 Error DelegateMethod::plan_inputs() {
   inputs_.resize(method_->inputs_size());
   if (device_->reads_host_memory()) return Error::Ok;
+  shared_activation_ = std::make_unique<SharedActivation>(*device_);
   // Kernels write to it, the host reads it after each run.
   Error error = stage_host(sizeof(DeviceFault), &fault_memory_);
   if (error != Error::Ok) return error;

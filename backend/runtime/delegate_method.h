@@ -11,6 +11,7 @@
 #include <executorch/extension/data_loader/buffer_data_loader.h>
 #include <executorch/extension/memory_allocator/malloc_memory_allocator.h>
 #include <executorch/runtime/core/evalue.h>
+#include <executorch/runtime/core/event_tracer.h>
 #include <executorch/runtime/core/hierarchical_allocator.h>
 #include <executorch/runtime/executor/method.h>
 #include <executorch/runtime/executor/program.h>
@@ -24,7 +25,9 @@
 #include "constants.h"
 #include "device.h"
 #include "device_use.h"
+#include "profile.h"
 #include "settled_shapes.h"
+#include "shared_activation.h"
 #include "temp_arena.h"
 
 namespace cuda_int4 {
@@ -50,8 +53,14 @@ class DelegateMethod {
   DelegateMethod(const DelegateMethod&) = delete;
   DelegateMethod& operator=(const DelegateMethod&) = delete;
 
-  /// args: the inputs of the nested method, then its outputs; host memory.
-  executorch::runtime::Error execute(executorch::runtime::Span<executorch::runtime::EValue*> args);
+  /// args: the inputs of the nested method, then its outputs; host memory. tracer: nullptr, or who
+  /// is told how long each instruction took, which makes the call an eager one.
+  executorch::runtime::Error execute(executorch::runtime::Span<executorch::runtime::EValue*> args,
+                                     executorch::runtime::EventTracer* tracer = nullptr);
+  /// The calls from now on are timed by running each `rounds` times; 0: no more.
+  void set_profiling(int rounds) { profile_rounds_ = rounds; }
+  /// Of the latest call that was timed.
+  const Profile& profile() const { return profile_; }
   executorch::runtime::Error reset();
 
   DeviceUse device_use() const;
@@ -95,6 +104,12 @@ class DelegateMethod {
   executorch::runtime::Error check_input(size_t i, const executorch::runtime::EValue& value);
   executorch::runtime::Error check_output(size_t i, const executorch::runtime::EValue& value);
   executorch::runtime::Error run();
+  void begin_instruction(size_t i);
+  void end_instruction(size_t i);
+  void describe_instructions();
+  void report_times(executorch::runtime::EventTracer* tracer, uint64_t start_ticks);
+  executorch::runtime::Error take_profile(Args inputs, Args outputs);
+  executorch::runtime::Error profile_round(DeviceGraph* graph, Args inputs, Args outputs);
   executorch::runtime::Error execute_in_place(Args inputs, Args outputs);
   executorch::runtime::Error bind_output(size_t i, executorch::runtime::EValue& value);
   executorch::runtime::Error hand_over(size_t i, executorch::runtime::EValue& value);
@@ -102,6 +117,8 @@ class DelegateMethod {
   executorch::runtime::Error stage_host(size_t nbytes, Staged* staged);
   executorch::runtime::Error stage_input(size_t i, const executorch::runtime::EValue& value);
   executorch::runtime::Error run_staged(Args inputs);
+  std::unique_ptr<DeviceGraph> record(Args inputs);
+  size_t generation() const;
   void capture(Args inputs, SettledShape* shape);
   void note_outputs(std::vector<SettledOutput>* outputs);
   executorch::runtime::Error download(const std::vector<SettledOutput>& results, Args outputs);
@@ -126,7 +143,13 @@ class DelegateMethod {
   std::optional<executorch::runtime::Method> method_;
   std::vector<Staged> inputs_;
   std::vector<Output> outputs_;
+  std::vector<std::string> operators_;  // of each instruction
+  bool marking_ = false;                // instructions leave marks on device_
+  bool in_range_ = false;
+  int profile_rounds_ = 0;
+  Profile profile_;
   // On a device that does not read host memory:
+  std::unique_ptr<SharedActivation> shared_activation_;
   Staged fault_memory_;  // host: a DeviceFault
   bool cuda_graph_ = true;
   std::vector<int64_t> key_;  // of the call in progress

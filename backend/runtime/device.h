@@ -91,6 +91,15 @@ class Device {
     return executorch::runtime::Error::NotSupported;
   }
 
+  /// Notes the time at which the work queued so far is done, under number `i`; recorded like other
+  /// work while capturing.
+  virtual void mark(size_t i) = 0;
+  /// Between two of them, once they are past; negative where that cannot be told.
+  virtual double microseconds_between(size_t from, size_t to) = 0;
+  /// A named range in the timeline of a profiler that watches.
+  virtual void push_range(const char*) {}
+  virtual void pop_range() {}
+
   /// What allocate() has given and free() not taken back, and the most that ever was; bytes.
   uint64_t allocated_bytes() const { return allocated_bytes_; }
   uint64_t peak_allocated_bytes() const { return peak_allocated_bytes_; }

@@ -19,14 +19,22 @@ ExecutionContext on_the_cpu() {
 }
 
 thread_local ExecutionContext current = on_the_cpu();
+thread_local SharedActivation* shared_activation = nullptr;
 
 }  // namespace
 
-ExecutionScope::ExecutionScope(const ExecutionContext& execution) : outer_(current) {
+ExecutionScope::ExecutionScope(const ExecutionContext& execution, SharedActivation* shared)
+    : outer_(current), outer_shared_activation_(shared_activation) {
   current = execution;
+  shared_activation = shared;
 }
 
-ExecutionScope::~ExecutionScope() { current = outer_; }
+ExecutionScope::~ExecutionScope() {
+  current = outer_;
+  shared_activation = outer_shared_activation_;
+}
+
+SharedActivation* current_shared_activation() { return shared_activation; }
 
 void set_current_instruction(uint32_t index) { current.op_index = index; }
 

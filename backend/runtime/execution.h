@@ -11,15 +11,20 @@
 
 namespace cuda_int4 {
 
+class SharedActivation;
+
 class ExecutionScope {
  public:
-  explicit ExecutionScope(const ExecutionContext& execution);
+  /// `shared_activation`: of the method that runs, on CUDA.
+  explicit ExecutionScope(const ExecutionContext& execution,
+                          SharedActivation* shared_activation = nullptr);
   ~ExecutionScope();
   ExecutionScope(const ExecutionScope&) = delete;
   ExecutionScope& operator=(const ExecutionScope&) = delete;
 
  private:
   ExecutionContext outer_;
+  SharedActivation* outer_shared_activation_;
 };
 
 /// The instruction of the nested method that runs from now on.
@@ -27,6 +32,8 @@ void set_current_instruction(uint32_t index);
 
 /// Outside a scope: the CPU and its thread pool.
 const ExecutionContext& current_execution();
+/// nullptr where there is none.
+SharedActivation* current_shared_activation();
 
 /// `nbytes` of the method's temporary memory (device memory on CUDA) into execution->scratch; it is
 /// the op's until it returns (on CUDA: until what it queued has run). 0 bytes: nothing.

@@ -172,6 +172,26 @@ Error Model::output(size_t index, TensorView* out) const {
   return impl_->latest->output(index, out);
 }
 
+Error Model::profile(const char* method, const TensorView* inputs, size_t n_inputs, int rounds,
+                     Profile* out) {
+  if (rounds < 1 || out == nullptr)
+    return fail(Error::InvalidArgument, "profile: expected 1 round or more, got %d", rounds);
+  ModelMethod* found = impl_->find(method);
+  if (found != nullptr)
+    for (DelegateMethod* delegate : found->delegates()) delegate->set_profiling(rounds);
+  const Error error = forward(method, inputs, n_inputs, nullptr);
+  if (found == nullptr) return error;
+  *out = {};
+  for (DelegateMethod* delegate : found->delegates()) {
+    delegate->set_profiling(0);
+    const Profile& part = delegate->profile();
+    out->instructions.insert(out->instructions.end(), part.instructions.begin(),
+                             part.instructions.end());
+    out->total_us += part.total_us;
+  }
+  return error;
+}
+
 Error Model::reset() {
   impl_->latest = nullptr;
   for (const auto& method : impl_->methods) {

@@ -21,6 +21,7 @@
 
 #include "../kernels/tensor_view.h"
 #include "device_use.h"
+#include "profile.h"
 #include "visibility.h"
 
 namespace cuda_int4 {
@@ -70,6 +71,12 @@ class CUDA_INT4_EXPORT Model {
                                      size_t* n_outputs);
   /// Output `index` of the latest forward; the view holds until the next call on this model.
   executorch::runtime::Error output(size_t index, TensorView* out) const;
+
+  /// Runs `method` as forward does, each delegate `rounds` + 2 times, and says where the time of one
+  /// run goes. A method that adds to a state (not one that writes to given positions of a cache)
+  /// does so as many times.
+  executorch::runtime::Error profile(const char* method, const TensorView* inputs, size_t n_inputs,
+                                     int rounds, Profile* out);
 
   /// Zeroes every mutable buffer (KV caches): a new conversation.
   executorch::runtime::Error reset();

@@ -3,10 +3,14 @@
 #include <executorch/runtime/core/evalue.h>
 #include <executorch/runtime/kernel/kernel_runtime_context.h>
 
+#include <cstring>
+#include <type_traits>
+
 #include "../kernels/ops.h"
 #include "errors.h"
 #include "execution.h"
 #include "op_arguments.h"
+#include "shared_activation.h"
 
 namespace cuda_int4 {
 
@@ -21,10 +25,18 @@ namespace {
 template <typename Args>
 Error run_op(KernelRuntimeContext& context, const Args& args, Status (*validate)(const Args&),
              uint64_t (*scratch_bytes)(const Args&, DeviceKind),
-             Status (*run)(const Args&, const ExecutionContext&)) {
+             Status (*run)(const Args&, const ExecutionContext&),
+             const EValue* shared_x = nullptr) {
   const Error invalid = fail(validate(args));
   if (invalid != Error::Ok) return invalid;
   ExecutionContext execution = current_execution();
+  if constexpr (std::is_same_v<Args, LinearArgs>) {
+    SharedActivation* shared = current_shared_activation();
+    if (shared != nullptr && std::strcmp(args.activation, "int8") == 0) {
+      const Error error = shared->give(shared_x, args, &execution);
+      if (error != Error::Ok) return error;
+    }
+  }
   if (scratch_bytes != nullptr) {
     const Error error = give_scratch(context, scratch_bytes(args, execution.device), &execution);
     if (error != Error::Ok) return error;
@@ -54,7 +66,8 @@ void linear_out(KernelRuntimeContext& context, Span<EValue*> stack) {
   if (a.error() == Error::Ok && planned.ndim > 0)
     args.y = a.out(9, args.x, planned.sizes[planned.ndim - 1]);
   if (a.error() != Error::Ok) return context.fail(a.error());
-  finish(context, run_op(context, args, &validate_linear, &linear_scratch_bytes, &linear));
+  finish(context,
+         run_op(context, args, &validate_linear, &linear_scratch_bytes, &linear, stack[0]));
 }
 
 // attention(q, k, v, mask?, scale, is_causal, *, out)

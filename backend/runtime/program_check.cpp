@@ -267,6 +267,27 @@ std::string operator_at(const void* data, std::string_view method, size_t index)
   return unknown;
 }
 
+std::vector<std::string> instruction_operators(const void* data, std::string_view method) {
+  std::vector<std::string> names;
+  const Vector plans = flatbuffer::root(data).vector(ProgramField::kPlans);
+  for (uint32_t p = 0; p < plans.size(); ++p) {
+    const Table plan(plans.offset(p));
+    if (plan.string(PlanField::kName) != method) continue;
+    const Vector chains = plan.vector(PlanField::kChains);
+    for (uint32_t c = 0; c < chains.size(); ++c) {
+      const Vector instructions = Table(chains.offset(c)).vector(2);
+      for (uint32_t i = 0; i < instructions.size(); ++i) {
+        const Table instruction(instructions.offset(i));
+        names.emplace_back();
+        if (instruction.scalar<uint8_t>(0, 0) != kKernelCall) continue;
+        const auto op = uint32_t(instruction.table(1).scalar<int32_t>(0, 0));
+        names.back() = operator_name(Table(plan.vector(PlanField::kOperators).offset(op)));
+      }
+    }
+  }
+  return names;
+}
+
 Error program_linears(const void* data, std::vector<LinearCall>* out) {
   const auto damaged = [] {
     return fail(Error::InvalidProgram,

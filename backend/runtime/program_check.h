@@ -44,6 +44,10 @@ std::vector<std::string> program_operators(const void* data);
 /// check_program. "an op" where it calls none or, because of jumps, cannot be told.
 std::string operator_at(const void* data, std::string_view method, size_t index);
 
+/// Of each instruction of `method` the operator it calls, "" where it calls none; after
+/// check_program.
+std::vector<std::string> instruction_operators(const void* data, std::string_view method);
+
 /// Every call of cuda_int4::linear, after check_program. An argument that is not what the op's
 /// schema says is InvalidProgram.
 executorch::runtime::Error program_linears(const void* data, std::vector<LinearCall>* out);

@@ -2,6 +2,7 @@
 #include <executorch/runtime/core/evalue.h>
 #include <executorch/runtime/kernel/kernel_runtime_context.h>
 
+#include <algorithm>
 #include <cstring>
 #include <fstream>
 #include <memory>
@@ -19,6 +20,8 @@
 #include "runtime/op_table.h"
 #include "runtime/parallel.h"
 #include "runtime/seal.h"
+#include "runtime/settled_shapes.h"
+#include "runtime/shared_activation.h"
 #include "runtime/temp_arena.h"
 #include "runtime/tensor_bridge.h"
 
@@ -39,6 +42,12 @@ Status validate_rms_norm(const RmsNormArgs&) { return {}; }
 Status rms_norm(const RmsNormArgs&, const ExecutionContext&) { return {}; }
 Status validate_silu(const SiluArgs&) { return {}; }
 Status silu(const SiluArgs&, const ExecutionContext&) { return {}; }
+int quantized = 0;  // calls of quantize_activation
+uint64_t quantized_activation_bytes(int64_t M, int64_t K) { return uint64_t(M * K); }
+Status quantize_activation(const TensorView&, void*, const ExecutionContext&) {
+  ++quantized;
+  return {};
+}
 }  // namespace cuda_int4
 
 namespace {
@@ -54,7 +63,7 @@ std::vector<uint8_t> random_bytes(size_t n) {
 void test_checksum() {
   CHECK(crc32c("123456789", 9) == 0xe3069283);
   CHECK(crc32c_portable("123456789", 9) == 0xe3069283);
-  CHECK(checksum(nullptr, 0) == 0);
+  CHECK(checksum(nullptr, 0) == 0 && checksum_of_pieces(nullptr, 0) == 0);
   for (size_t n : {1, 7, 8, 100, 16383, 16384, 16385, 16391, 70001, 4194304}) {
     const std::vector<uint8_t> bytes = random_bytes(n + 8);
     for (size_t at = 0; at < 8; ++at)
@@ -258,24 +267,29 @@ void test_seal() {
 
 // ---- temporary memory ----
 
+struct Counting final : Device {
+  int allocations = 0;
+  bool full = false;
+  std::unique_ptr<Device> cpu = make_cpu_device();
+  const char* name() const override { return "counting"; }
+  DeviceKind kind() const override { return DeviceKind::kCpu; }
+  void* allocate(size_t n) override { return full ? nullptr : (++allocations, cpu->allocate(n)); }
+  void free(void* p) override { cpu->free(p); }
+  void* allocate_host(size_t n) override { return cpu->allocate_host(n); }
+  void free_host(void* p) override { cpu->free_host(p); }
+  Error upload(void* to, const void* from, size_t n) override { return cpu->copy(to, from, n); }
+  Error download(void* to, const void* from, size_t n) override { return cpu->copy(to, from, n); }
+  Error copy(void* to, const void* from, size_t n) override { return cpu->copy(to, from, n); }
+  Error zero(void* to, size_t n) override { return cpu->zero(to, n); }
+  void mark(size_t) override {}
+  double microseconds_between(size_t, size_t) override { return -1; }
+  bool reads_host_memory() const override { return true; }
+  void* stream() const override { return nullptr; }
+  executorch::runtime::OpFunction find_kernel(std::string_view) const override { return nullptr; }
+};
+
 void test_temp_arena_settles() {
-  struct Counting final : Device {
-    int allocations = 0;
-    std::unique_ptr<Device> cpu = make_cpu_device();
-    const char* name() const override { return "counting"; }
-    DeviceKind kind() const override { return DeviceKind::kCpu; }
-    void* allocate(size_t n) override { return ++allocations, cpu->allocate(n); }
-    void free(void* p) override { cpu->free(p); }
-    void* allocate_host(size_t n) override { return cpu->allocate_host(n); }
-    void free_host(void* p) override { cpu->free_host(p); }
-    Error upload(void* to, const void* from, size_t n) override { return cpu->copy(to, from, n); }
-    Error download(void* to, const void* from, size_t n) override { return cpu->copy(to, from, n); }
-    Error copy(void* to, const void* from, size_t n) override { return cpu->copy(to, from, n); }
-    Error zero(void* to, size_t n) override { return cpu->zero(to, n); }
-    bool reads_host_memory() const override { return true; }
-    void* stream() const override { return nullptr; }
-    executorch::runtime::OpFunction find_kernel(std::string_view) const override { return nullptr; }
-  } device;
+  Counting device;
   TempArena arena(device);
   int settled = 0;
   for (int round = 0; round < 10; ++round) {
@@ -288,8 +302,82 @@ void test_temp_arena_settles() {
     if (round == 1) settled = device.allocations;
   }
   CHECK(device.allocations == settled);
+  const size_t generation = arena.generation();
+  CHECK(generation > 0 && arena.allocate(100000, 64) != nullptr);
+  CHECK(arena.generation() == generation);  // nothing has moved yet
+  int resets = 0;
+  arena.set_on_reset([&] { ++resets; });
+  arena.reset();
+  CHECK(arena.generation() == generation + 1 && resets == 1);
   CHECK(arena.allocate(SIZE_MAX, 16) == nullptr);
   CHECK(arena.allocate(8, 3) == nullptr);
+}
+
+// ---- what a method remembers ----
+
+/// What an upload does: a piece hashed in steps, and the pieces joined.
+void test_checksum_in_steps() {
+  std::vector<uint8_t> bytes(kChecksumPieceBytes + 100003);
+  for (size_t i = 0; i < bytes.size(); ++i) bytes[i] = uint8_t((i * 2654435761u) >> 13);
+  std::vector<uint32_t> crcs;
+  for (size_t at = 0; at < bytes.size(); at += kChecksumPieceBytes) {
+    const size_t n = std::min<size_t>(kChecksumPieceBytes, bytes.size() - at);
+    crcs.push_back(0);
+    for (size_t step = 0; step < n; step += 262144)
+      crcs.back() =
+          crc32c(bytes.data() + at + step, std::min<size_t>(262144, n - step), crcs.back());
+    CHECK(crcs.back() == crc32c(bytes.data() + at, n));
+  }
+  CHECK(checksum_of_pieces(crcs.data(), crcs.size()) == checksum(bytes.data(), bytes.size()));
+}
+
+void test_settled_shapes_drop_the_oldest() {
+  SettledShapes shapes;
+  const auto key = [](int64_t i) { return std::vector<int64_t>{1, i}; };
+  const auto n = int64_t(SettledShapes::kMaxShapes);
+  for (int64_t i = 0; i < n; ++i) shapes.add(key(i)).generation = size_t(i);
+  CHECK(shapes.find(key(0)) != nullptr);  // used again: 1 is the oldest now
+  CHECK(shapes.find({1}) == nullptr && shapes.find({1, 0, 0}) == nullptr);
+  shapes.add(key(n));
+  CHECK(shapes.find(key(1)) == nullptr);
+  for (int64_t i = 2; i < n; ++i) CHECK(shapes.find(key(i))->generation == size_t(i));
+  CHECK(shapes.find(key(0)) != nullptr && shapes.find(key(n)) != nullptr);
+}
+
+void test_shared_activation_is_made_once() {
+  Counting device;
+  SharedActivation shared(device);
+  const EValue x, other;
+  float memory[64];
+  LinearArgs args{};
+  args.x.data = memory;
+  args.x.ndim = 2;
+  args.x.sizes[0] = 2;
+  args.x.sizes[1] = 32;
+  args.x.nbytes = sizeof(memory);
+  const auto give = [&](const EValue* value) {
+    ExecutionContext execution{};
+    CHECK(shared.give(value, args, &execution) == Error::Ok);
+    return execution.quantized_x;
+  };
+  quantized = 0;
+  const void* first = give(&x);
+  CHECK(first != nullptr && give(&x) == first && quantized == 1);
+  shared.forget();
+  CHECK(give(&x) == first && quantized == 2);
+  CHECK(give(&other) == first && quantized == 3 && give(&x) == first && quantized == 4);
+  CHECK(shared.generation() == 1 && device.allocations == 1);
+  args.x.sizes[0] = 1;
+  args.x.nbytes /= 2;
+  CHECK(give(&x) == first && quantized == 5);  // the same value, resized
+  args.x.sizes[0] = 4;
+  args.x.nbytes *= 4;
+  device.full = true;  // as while a graph is captured
+  ExecutionContext execution{};
+  CHECK(shared.give(&x, args, &execution) == Error::MemoryAllocationFailed);
+  CHECK(execution.quantized_x == nullptr && shared.generation() == 1);
+  device.full = false;
+  CHECK(give(&x) != nullptr && shared.generation() == 2);
 }
 
 void test_devices() {
@@ -338,6 +426,9 @@ int main() {
   test_an_empty_tensor_of_any_sizes();
   test_seal();
   test_temp_arena_settles();
+  test_checksum_in_steps();
+  test_settled_shapes_drop_the_oldest();
+  test_shared_activation_is_made_once();
   test_devices();
   test_own_ops_refuse_any_arguments();
   return failures() > 0;
