@@ -35,6 +35,21 @@ constexpr int64_t kMaxCudaHeadDim = 512;
 uint64_t cuda_attention_scratch_bytes(const AttentionArgs& args);
 Status cuda_attention(const AttentionArgs& args, const ExecutionContext& context);
 
+// Of the current device; 0 where it does not say.
+int device_attribute(cudaDeviceAttr attribute);
+// float16 or bfloat16 whose rows of q, k and v are whole 16-byte pieces at multiples of 16 bytes.
+bool is_tensor_core_ready(const AttentionKernelArgs& args);
+
+// attention_split.cu: few queries on a long cache.
+bool fits_attention_split(const AttentionKernelArgs& args);
+uint64_t attention_split_scratch_bytes(const AttentionKernelArgs& args);
+cudaError_t launch_attention_split(const AttentionKernelArgs& args, cudaStream_t stream);
+
+// attention_tiles.cu: many queries.
+bool fits_attention_tiles(const AttentionKernelArgs& args);
+uint64_t attention_tiles_scratch_bytes(const AttentionKernelArgs& args);
+cudaError_t launch_attention_tiles(const AttentionKernelArgs& args, cudaStream_t stream);
+
 // attention_rows.cu: everything with D <= kMaxCudaHeadDim.
 cudaError_t launch_attention_rows(const AttentionKernelArgs& args, cudaStream_t stream);
 

@@ -20,7 +20,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "attention.cuh"
+#include "attention_parts.cuh"
 #include "numeric.cuh"
 
 namespace cuda_int4 {
@@ -40,15 +40,6 @@ __device__ bool sees_key(const AttentionKernelArgs& p, const void* mask_row, int
   if (p.mask_is_bool) return static_cast<const uint8_t*>(mask_row)[t * p.mask_strides[3]] != 0;
   *added = as_float(static_cast<const T*>(mask_row)[t * p.mask_strides[3]]);
   return *added != -INFINITY;
-}
-
-template <typename T>
-__device__ const void* find_mask_row(const AttentionKernelArgs& p, int64_t b, int64_t h,
-                                     int64_t s) {
-  if (p.mask == nullptr) return nullptr;
-  const int64_t at = b * p.mask_strides[0] + h * p.mask_strides[1] + s * p.mask_strides[2];
-  if (p.mask_is_bool) return static_cast<const uint8_t*>(p.mask) + at;
-  return static_cast<const T*>(p.mask) + at;
 }
 
 template <typename T, int kPerLane>  // lane holds elements lane, lane + 32, ...
