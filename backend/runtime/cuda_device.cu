@@ -4,6 +4,8 @@
 // caller's current device nor another method's matters. No state outside of the object.
 #include <cuda_runtime.h>
 #include <nvtx3/nvToolsExt.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -98,7 +100,7 @@ class Uploader {
 
  private:
   static constexpr size_t kMaxLanes = 16;
-  static constexpr uint64_t kBufferBytes = uint64_t(1) << 20;
+  static constexpr uint64_t kBufferBytes = uint64_t(1) << 19;
   static constexpr uint64_t kStepBytes = uint64_t(1) << 18;  // stays in a core's cache
 
   struct Piece {
@@ -113,6 +115,19 @@ class Uploader {
     if (code != cudaSuccess) error_.compare_exchange_strong(expected, code);
   }
 
+  /// A mapped file's pages, in one call and not in one fault each. Only a matter of speed.
+  static void map_pages(const uint8_t* from, uint64_t nbytes) {
+#if defined(MADV_POPULATE_READ)
+    const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE));
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(from) / page * page;
+    madvise(reinterpret_cast<void*>(begin), reinterpret_cast<uintptr_t>(from) + nbytes - begin,
+            MADV_POPULATE_READ);
+#else
+    (void)from;
+    (void)nbytes;
+#endif
+  }
+
   void run_lane(size_t lane) {
     int before = -1;
     cudaGetDevice(&before);  // this thread is the pool's
@@ -124,6 +139,7 @@ class Uploader {
       Piece& piece = pieces_[i];
       const auto* from = static_cast<const uint8_t*>(uploads_[piece.upload].from) + piece.at;
       auto* to = static_cast<uint8_t*>(uploads_[piece.upload].to) + piece.at;
+      map_pages(from, piece.nbytes);
       for (uint64_t at = 0; at < piece.nbytes && !failed(); at += kBufferBytes, turn ^= 1) {
         const size_t slot = 2 * lane + size_t(turn);
         if (in_use[turn]) note(cudaEventSynchronize(events_[slot]));
