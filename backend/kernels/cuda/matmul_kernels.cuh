@@ -13,6 +13,10 @@ cudaError_t launch_matmul_plain(const MatmulArgs& args, cudaStream_t stream);
 bool matvec_w16a16_accepts(const MatmulArgs& args);
 cudaError_t launch_matvec_w16a16_mma(const MatmulArgs& args, cudaStream_t stream);
 
+// Few rows of float32.
+bool matvec_w32a32_accepts(const MatmulArgs& args);
+cudaError_t launch_matvec_w32a32(const MatmulArgs& args, cudaStream_t stream);
+
 // 16-bit floats, rows of whole 16 bytes.
 bool matmul_w16a16_accepts(const MatmulArgs& args);
 cudaError_t launch_matmul_w16a16_mma(const MatmulArgs& args, cudaStream_t stream);

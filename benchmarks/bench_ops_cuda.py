@@ -1,0 +1,346 @@
+"""The CUDA kernels of plain ops beside torch's: norms, silu, softmax, argmax, sums, products.
+
+    python benchmarks/bench_ops_cuda.py > benchmarks/results/ops_cuda.md
+
+Needs torch with CUDA, nvcc and g++. Compiles the kernels into a library in a temporary folder. Each
+row is one op on one shape: all calls of one side in one CUDA graph, inputs in turns over more than
+four times the L2 where one call reads much, the median of 15 replays. The answer is checked against
+float64 first: WRONG takes the place of a time that no right answer has.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import ctypes
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+KERNELS = Path(__file__).resolve().parents[1] / "backend" / "kernels" / "cuda"
+SOURCES = (
+    "rms_norm.cu", "silu.cu", "layer_norm.cu", "softmax.cu", "reduce_sums.cu", "reduce_extremes.cu",
+    "matmul.cu", "matmul_plain.cu", "matmul_w16a16_mma.cu", "matmul_cublaslt.cu",
+    "matvec_w16a16_mma.cu", "matvec_w32a32.cu", "cublaslt.cpp",
+)  # fmt: skip
+SHIM = """
+#include "kernels/cuda/matmul_kernels.cuh"
+#include "kernels/cuda/reduce.cuh"
+#include "kernels/cuda/rms_norm.cuh"
+#include "kernels/cuda/row_kernels.cuh"
+#include "kernels/cuda/silu.cuh"
+using namespace cuda_int4;
+static DType dtype_of(int64_t dtype) { return static_cast<DType>(dtype); }
+static cudaStream_t stream_of(void* stream) { return static_cast<cudaStream_t>(stream); }
+extern "C" {
+int bench_rms_norm(void* x, void* w, void* y, int64_t dtype, int64_t rows, int64_t D,
+                   void* stream) {
+  const DType t = dtype_of(dtype);
+  return launch_rms_norm({x, w, y, t, t, rows, D, 1e-5f}, stream_of(stream));
+}
+int bench_silu(void* x, void* y, int64_t dtype, int64_t numel, void* stream) {
+  return launch_silu({x, y, dtype_of(dtype), numel}, stream_of(stream));
+}
+int bench_layer_norm(void* x, void* w, void* b, void* y, void* mean, void* rstd, int64_t dtype,
+                     int64_t rows, int64_t D, void* stream) {
+  const DType t = dtype_of(dtype);
+  return launch_layer_norm({x, w, b, y, mean, rstd, t, t, t, t, rows, D, 1e-5}, stream_of(stream));
+}
+int bench_softmax(void* x, void* y, int64_t dtype, int64_t rows, int64_t n, void* stream) {
+  const DType t = dtype_of(dtype);
+  return launch_softmax({x, y, t, t, rows, n, 1, false}, stream_of(stream));
+}
+int bench_reduce(void* x, void* out, void* index, int64_t dtype, int64_t reduction, int64_t rows,
+                 int64_t n, void* scratch, int64_t scratch_bytes, void* stream) {
+  ReduceArgs args = {};
+  args.x = x;
+  args.out = out;
+  args.index = index;
+  args.dtype = args.out_dtype = dtype_of(dtype);
+  args.reduction = static_cast<Reduction>(reduction);
+  args.n_out = rows;
+  args.n_reduced = n;
+  args.kept = {1, {rows}, {n}};
+  args.reduced = {1, {n}, {1}};
+  if (reduce_scratch_bytes(args) > static_cast<uint64_t>(scratch_bytes)) return -1;
+  return args.reduction == Reduction::kMaximum
+             ? launch_reduce_extremes(args, scratch, stream_of(stream))
+             : launch_reduce_sums(args, scratch, stream_of(stream));
+}
+// which: 0 is what the library picks; 1 cuBLASLt, 2 the tile kernel of ours, 3 the plain one.
+int bench_matmul(void* x, void* w, void* y, int64_t which, int64_t dtype, int64_t M, int64_t N,
+                 int64_t K, void* scratch, int64_t scratch_bytes, void* stream) {
+  MatmulArgs args = {};
+  args.a = x;
+  args.b = w;
+  args.y = y;
+  args.dtype = dtype_of(dtype);
+  args.batch = 1;
+  args.M = M;
+  args.N = N;
+  args.K = K;
+  args.a_m = args.b_n = K;
+  args.a_k = args.b_k = 1;
+  args.alpha = args.beta = 1;
+  const uint64_t bytes = static_cast<uint64_t>(scratch_bytes);
+  uint64_t needed = 0;
+  switch (which) {
+    case 0:
+      if (matmul_scratch_bytes(args) > bytes) return -1;
+      return launch_matmul(args, scratch, bytes, stream_of(stream));
+    case 1:
+      if (!cublaslt_accepts(args, &needed) || needed > bytes) return -1;
+      return launch_matmul_cublaslt(args, scratch, bytes, stream_of(stream));
+    case 2:
+      return matmul_w16a16_accepts(args) ? launch_matmul_w16a16_mma(args, stream_of(stream)) : -1;
+    default:
+      return launch_matmul_plain(args, stream_of(stream));
+  }
+}
+}
+"""
+DTYPE_NUMBERS = {torch.float16: 5, torch.float32: 6, torch.bfloat16: 15}
+SUM, MAXIMUM = 0, 4  # cuda/reduce.h Reduction
+ROTATE_BYTES = 260_000_000
+REPLAYS = 15
+SCRATCH_BYTES = 64 << 20
+
+
+def run_command(command: list[str]) -> None:
+    """Run it, or stop with its output."""
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode != 0:
+        sys.exit(f"{' '.join(command)}\n{result.stdout}{result.stderr}")
+
+
+def build(folder: Path) -> ctypes.CDLL:
+    """Compile for this GPU, in parallel, and load."""
+    nvcc = os.environ.get("NVCC", "nvcc")
+    major, minor = torch.cuda.get_device_capability()
+    sm = f"{major}{minor}{'a' if major == 9 else ''}"
+    (folder / "shim.cu").write_text(SHIM)
+    sources = [folder / "shim.cu", *(KERNELS / name for name in SOURCES)]
+    objects = [str(folder / f"{i}.o") for i in range(len(sources))]
+    flags = [f"-gencode=arch=compute_{sm},code=sm_{sm}", "-Xcompiler", "-fPIC", "-std=c++17", "-O3"]
+    commands = [
+        [nvcc, *flags, "-I", str(KERNELS.parents[1]), "-c", str(source), "-o", target]
+        for source, target in zip(sources, objects, strict=True)
+    ]
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(run_command, commands))
+    library = folder / "libops.so"
+    run_command([nvcc, "-shared", "-cudart", "static", "-o", str(library), *objects])
+    return ctypes.CDLL(str(library))
+
+
+def microseconds(call: Callable[[int], object], n_calls: int) -> float:
+    """Of one call, from a CUDA graph of ``call(0)`` to ``call(n_calls - 1)``."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        call(0)
+        call(min(1, n_calls - 1))
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for i in range(n_calls):
+                call(i)
+        times = []
+        for _ in range(REPLAYS + 2):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) * 1e3 / n_calls)
+    return statistics.median(times[2:])
+
+
+class Bench:
+    """The library, its scratch, and one table row after the other."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.library = library
+        self.scratch = torch.empty(SCRATCH_BYTES, dtype=torch.uint8, device="cuda")
+
+    def call(self, name: str, *values: Tensor | int | None) -> None:
+        """``bench_<name>`` on the current stream; a code other than 0 is a ValueError."""
+        arguments: list[object] = []
+        for value in values:
+            if value is None or isinstance(value, Tensor):
+                pointer = None if value is None else value.data_ptr()
+                arguments.append(ctypes.c_void_p(pointer))
+            else:
+                arguments.append(ctypes.c_int64(value))
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        code = getattr(self.library, f"bench_{name}")(*arguments, stream)
+        if code != 0:
+            raise ValueError(f"{name}: expected 0, got {code}")
+
+    def time(self, ours: Callable[[int], object], y: Tensor, exact: Tensor, n_calls: int) -> str:
+        """Microseconds of ours, or why there are none."""
+        y.fill_(-77)
+        try:
+            ours(0)
+        except ValueError:
+            return "-"
+        rounded = exact.to(y.dtype).double()
+        scale = exact.double().norm()
+        error = float((y.double() - exact).norm() / scale)
+        if error > 1.5 * float((rounded - exact).norm() / scale) + 2e-6:
+            return f"WRONG {error:.1e}"
+        return f"{microseconds(ours, n_calls):.2f}"
+
+    def row(
+        self, what: str, ours: Callable[[int], object], theirs: Callable[[int], object], y: Tensor,
+        exact: Tensor, nbytes: int, n_calls: int = 100,
+    ) -> None:  # fmt: skip
+        """One line of the first table."""
+        time = self.time(ours, y, exact, n_calls)
+        torchs = microseconds(theirs, n_calls)
+        share = f"{nbytes / float(time) / 4.3e6:.0%}" if time[0].isdigit() else "-"
+        print(f"| {what} | {time} | {torchs:.2f} | {share} |", flush=True)
+
+    def rows_of_norms(self) -> None:
+        """rms_norm, silu, layer_norm, softmax, argmax, sum."""
+        print("| op | ours, us | torch, us | ours, share of 4.3 TB/s |")
+        print("| --- | ---: | ---: | ---: |")
+        t = torch.bfloat16
+        number = DTYPE_NUMBERS[t]
+        for rows, D in ((1, 4096), (1, 8192), (16, 4096), (512, 4096), (4096, 4096)):
+            x, w = (torch.randn(n, D, device="cuda").to(t) for n in (rows, 1))
+            y, wide = torch.empty_like(x), x.double()
+            exact = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w.double()
+            self.row(
+                f"rms_norm [{rows}, {D}] bf16",
+                lambda _, x=x, w=w, y=y, r=rows, D=D: self.call("rms_norm", x, w, y, number, r, D),
+                lambda _, x=x, w=w[0], D=D: F.rms_norm(x, (D,), w, 1e-5),
+                y, exact, 2 * x.nbytes,
+            )  # fmt: skip
+        for n in (14336, 14336 * 512):
+            x = torch.randn(n, device="cuda").to(t)
+            y = torch.empty_like(x)
+            self.row(
+                f"silu [{n}] bf16",
+                lambda _, x=x, y=y, n=n: self.call("silu", x, y, number, n),
+                lambda _, x=x: F.silu(x),
+                y, x.double() * x.double().sigmoid(), 2 * x.nbytes,
+            )  # fmt: skip
+        for rows, D in ((1, 1280), (257, 1280), (2056, 1280), (4096, 4096)):
+            x, w, b = (torch.randn(n, D, device="cuda").to(t) for n in (rows, 1, 1))
+            y, m = torch.empty_like(x), torch.empty(2, rows, device="cuda", dtype=t)
+            exact = F.layer_norm(x.double(), (D,), w[0].double(), b[0].double())
+            self.row(
+                f"layer_norm [{rows}, {D}] bf16",
+                lambda _, x=x, w=w, b=b, y=y, m=m, r=rows, D=D: self.call(
+                    "layer_norm", x, w, b, y, m[0], m[1], number, r, D
+                ),
+                lambda _, x=x, w=w[0], b=b[0], D=D: F.layer_norm(x, (D,), w, b),
+                y, exact, 2 * x.nbytes,
+            )  # fmt: skip
+        for rows, n in ((32, 1024), (4112, 257), (32 * 512, 512), (1, 128256)):
+            x = torch.randn(rows, n, device="cuda").to(t)
+            y = torch.empty_like(x)
+            self.row(
+                f"softmax [{rows}, {n}] bf16",
+                lambda _, x=x, y=y, r=rows, n=n: self.call("softmax", x, y, number, r, n),
+                lambda _, x=x: x.softmax(-1),
+                y, x.double().softmax(-1), 2 * x.nbytes,
+            )  # fmt: skip
+        for dtype in (torch.float32, t):
+            x = torch.randn(1, 128256, device="cuda").to(dtype)
+            y = torch.empty(1, dtype=torch.int64, device="cuda")
+            self.row(
+                f"argmax [1, 128256] {str(dtype)[6:]}",
+                lambda _, x=x, y=y: self.call(
+                    "reduce", x, None, y, DTYPE_NUMBERS[x.dtype], MAXIMUM, 1, x.shape[1],
+                    self.scratch, SCRATCH_BYTES,
+                ),
+                lambda _, x=x: x.argmax(-1),
+                y, x.cpu().argmax(-1).double().cuda(), x.nbytes,
+            )  # fmt: skip
+        for rows, n in ((4096, 4096), (1, 1 << 20), (32, 128)):
+            x = torch.rand(rows, n, device="cuda")
+            y = torch.empty(rows, device="cuda")
+            self.row(
+                f"sum [{rows}, {n}] float32, dim -1",
+                lambda _, x=x, y=y, r=rows, n=n: self.call(
+                    "reduce", x, y, None, DTYPE_NUMBERS[x.dtype], SUM, r, n, self.scratch,
+                    SCRATCH_BYTES,
+                ),
+                lambda _, x=x: x.sum(-1),
+                y, x.double().sum(-1), x.nbytes,
+            )  # fmt: skip
+
+    def rows_of_products(self) -> None:
+        """Products x [M, K] @ w [N, K].T: what the library picks, and what it picks from."""
+        print("\n| x @ w.T | picked, us | share of 4.3 TB/s | cuBLASLt | tiles | plain | torch |")
+        print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+        bf16, fp32 = torch.bfloat16, torch.float32
+        cases = [
+            (bf16, M, N, K)
+            for N, K in ((4096, 4096), (28672, 4096), (4096, 14336), (1280, 1280), (128256, 4096))
+            for M in (1, 8, 16)
+        ]
+        cases += [(bf16, M, 4096, 4096) for M in (32, 256, 1024)]
+        cases += [(bf16, 257, 3840, 1280), (torch.float16, 1, 4096, 4096)]
+        cases += [(fp32, M, 4096, 4096) for M in (1, 8, 64, 512)] + [(fp32, 1, 128256, 2048)]
+        for dtype, M, N, K in cases:
+            nbytes = N * K * dtype.itemsize
+            copies = [
+                (torch.randn(N, K, device="cuda") / 8).to(dtype)
+                for _ in range(max(1, -(-ROTATE_BYTES // nbytes)))
+            ]
+            x = torch.randn(M, K, device="cuda").to(dtype)
+            y = torch.empty(M, N, device="cuda", dtype=dtype)
+            exact = x.double() @ copies[0].double().T
+            n_calls = max(8, 2 * len(copies))
+            times = []
+            for which in range(4):
+                if which == 3 and M > 64:
+                    times.append("-")
+                    continue
+                times.append(
+                    self.time(
+                        lambda i, which=which, x=x, y=y, copies=copies: self.call(
+                            "matmul", x, copies[i % len(copies)], y, which, DTYPE_NUMBERS[x.dtype],
+                            *y.shape, x.shape[1], self.scratch, SCRATCH_BYTES,
+                        ),
+                        y, exact, n_calls,
+                    )
+                )  # fmt: skip
+            theirs = microseconds(
+                lambda i, x=x, copies=copies: F.linear(x, copies[i % len(copies)]), n_calls
+            )
+            share = f"{nbytes / float(times[0]) / 4.3e6:.0%}" if times[0][0].isdigit() else "-"
+            what = f"M={M} N={N} K={K} {str(dtype)[6:]}"
+            print(
+                f"| {what} | {times[0]} | {share} | {' | '.join(times[1:])} | {theirs:.2f} |",
+                flush=True,
+            )
+
+
+def main() -> int:
+    """Build, measure, print."""
+    if not torch.cuda.is_available():
+        sys.exit("bench_ops_cuda: expected a CUDA GPU, torch sees none; run it where there is one")
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    print("# Plain ops on CUDA\n\n    python benchmarks/bench_ops_cuda.py\n")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}.")
+    print("Microseconds a call in one CUDA graph, median of 15 replays; an empty kernel takes 1.")
+    print("Small inputs stay in the L2; weights of products rotate through 260 MB.\n")
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(build(Path(folder)))
+        bench.rows_of_norms()
+        bench.rows_of_products()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
