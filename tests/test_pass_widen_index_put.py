@@ -7,7 +7,9 @@ from torch import nn
 
 import cuda_int4
 import graphs
-from cuda_int4 import passes
+from cuda_int4 import nested_program, passes
+from cuda_int4._native import CudaInt4Error
+from cuda_int4.passes import widen_index_put
 
 
 class Cache(nn.Module):
@@ -65,6 +67,15 @@ def test_runs_in_place(tmp_path, n_heads):
     for pos in torch.tensor([[4, 1], [0, 7], [1, 2]]):
         v = torch.rand(1, n_heads, 2, 2)
         assert torch.equal(program.forward(v, pos)[0], eager(v, pos))
+
+
+def test_a_file_whose_values_lack_dimensions_is_refused(tmp_path, monkeypatch):
+    inputs = torch.rand(1, 3, 1, 2), torch.tensor([4])
+    monkeypatch.setattr(widen_index_put, "missing_dims", lambda node: 0)
+    monkeypatch.setattr(nested_program, "fits_in_place", lambda node: True)
+    path = cuda_int4.export(Cache(3), inputs, tmp_path / "low.pte")
+    with pytest.raises(CudaInt4Error, match="expected values of 4 dimensions.*got 3"):
+        cuda_int4.load(path, device="cpu").forward(*inputs)
 
 
 class Scattered(nn.Module):

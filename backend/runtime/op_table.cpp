@@ -1,15 +1,22 @@
 #include "op_table.h"
 
+#include <executorch/runtime/kernel/kernel_runtime_context.h>
+
 #include <algorithm>
 #include <cstring>
 #include <vector>
 
 #include "cuda_ops.h"
+#include "errors.h"
+#include "op_arguments.h"
 #include "own_ops.h"
 
 namespace cuda_int4 {
 
+using executorch::runtime::Error;
+using executorch::runtime::EValue;
 using executorch::runtime::Kernel;
+using executorch::runtime::KernelRuntimeContext;
 using executorch::runtime::OpFunction;
 using executorch::runtime::Span;
 
@@ -106,6 +113,21 @@ OpFunction find_registered(std::string_view name) {
   return nullptr;
 }
 
+/// ExecuTorch's kernel aborts on values with fewer dimensions than the tensor that they go into. Our
+/// export gives them as many (passes/widen_index_put.py); a file of another making may not.
+void checked_index_put(KernelRuntimeContext& context, Span<EValue*> stack) {
+  OpArguments a("index_put_", stack, 4);
+  const TensorView self = a.tensor(0), values = a.tensor(2);
+  if (a.error() == Error::Ok && values.ndim != self.ndim)
+    a.set_error(fail(Error::InvalidProgram,
+                     "cuda_int4::index_put_: expected values of %d dimensions, as the tensor has, "
+                     "got %d; export the model again",
+                     self.ndim, values.ndim));
+  if (a.error() != Error::Ok) return context.fail(a.error());
+  static const OpFunction kernel = find_registered("aten::index_put_");
+  kernel(context, stack);
+}
+
 constexpr std::string_view kOurs = "cuda_int4::";
 
 /// Kept names that read or move tensor data on the host are not for device memory.
@@ -137,6 +159,7 @@ OpFunction find_cpu_kernel(std::string_view nested_name) {
   for (const OwnOp& own : own_ops())
     if (op == own.name) return own.kernel;
   if (op == "dense_linear.out") return find_registered("aten::linear.out");
+  if (op == "index_put_") return &checked_index_put;
   for (const Forwarded& forwarded : kForwarded)
     for (const char* name : forwarded.ops)
       if (op == name) return find_registered(std::string(forwarded.graph_namespace) + name);
