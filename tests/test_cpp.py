@@ -83,6 +83,21 @@ def test_the_decoder_of_the_public_headers(programs, llama):
     assert [int(token) for token in found.stdout.split()] == expected
 
 
+def test_an_etdump_has_every_op(programs, llama, tmp_path):
+    from executorch.devtools import Inspector
+
+    found = run(programs / "trace", llama, "cpu", tmp_path / "dump.etdp")
+    assert len(found.stdout.split()) == 2
+    blocks = Inspector(etdump_path=str(tmp_path / "dump.etdp")).event_blocks
+    counts = {
+        event.name: len(event.perf_data.raw)
+        for block in blocks
+        for event in block.events
+        if event.is_delegated_op
+    }
+    assert counts["cuda_int4::linear.out"] == counts["cuda_int4::attention.out"] == 2  # calls
+
+
 @pytest.fixture(scope="module")
 def forge(tmp_path_factory):
     return forged.Forge(tmp_path_factory.mktemp("forged"), make(models.Linear()), (rows(3),))

@@ -121,6 +121,10 @@ Error DelegateMethod::run() {
   if (shared_activation_ != nullptr) shared_activation_->forget();
   const ExecutionScope scope(execution, shared_activation_.get());
   const size_t before = temp_->resets();
+  struct Listening {
+    TempArena& arena;
+    ~Listening() { arena.set_on_reset({}); }
+  } const listening{*temp_};
   // The first reset is the execution's, each later one ends an instruction.
   temp_->set_on_reset([&] {
     const size_t next = temp_->resets() - before - 1;
@@ -128,7 +132,6 @@ Error DelegateMethod::run() {
     begin_instruction(next);
   });
   const Error error = method_->execute();
-  temp_->set_on_reset({});
   end_instruction(operators_.size());
   if (error == Error::Ok) return error;
   const std::string op = operator_at(blob_.program, name_, temp_->resets() - before - 2);
@@ -338,9 +341,10 @@ size_t DelegateMethod::generation() const {
 
 /// A run on the staged inputs as a graph; nullptr where it cannot be recorded.
 std::unique_ptr<DeviceGraph> DelegateMethod::record(Args inputs) {
-  if (!device_->begin_capture()) return nullptr;
+  Capture capture(*device_);
+  if (!capture.going()) return nullptr;
   const Error error = run_staged(inputs);
-  std::unique_ptr<DeviceGraph> graph = device_->end_capture();
+  std::unique_ptr<DeviceGraph> graph = capture.end();
   if (error == Error::Ok) return graph;
   clear_last_error();
   return nullptr;
@@ -406,6 +410,11 @@ Error DelegateMethod::fault_error() const {
   const DeviceFault& found = *fault();
   if (found.kind == 0) return Error::Ok;
   const std::string op = operator_at(blob_.program, name_, found.op_index);
+  if (found.kind == 2)
+    return fail(Error::InvalidArgument,
+                "nested program: %s: expected divisors other than 0 for integers, got 0; run with "
+                "inputs the model was made for",
+                op.c_str());
   return fail(Error::InvalidArgument,
               "nested program: %s: expected indices in 0..%" PRId64 ", got %" PRId64
               "; run with indices the model was exported for",

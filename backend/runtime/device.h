@@ -136,6 +136,27 @@ std::unique_ptr<Device> make_cpu_device();
 /// library is linked against none.
 bool cuda_gpu_answers();
 
+/// A capture that ends with this at the latest, also where an exception passes.
+class Capture {
+ public:
+  explicit Capture(Device& device) : device_(device), going_(device.begin_capture()) {}
+  ~Capture() {
+    if (going_) device_.end_capture();
+  }
+  Capture(const Capture&) = delete;
+  Capture& operator=(const Capture&) = delete;
+
+  bool going() const { return going_; }
+  std::unique_ptr<DeviceGraph> end() {
+    going_ = false;
+    return device_.end_capture();
+  }
+
+ private:
+  Device& device_;
+  bool going_;
+};
+
 struct DeviceRequest {
   /// "auto" | "cpu" | "cuda" | "cuda:<index>"; nullptr or "" is "auto", whose place the environment
   /// variable CUDA_INT4_DEVICE takes.
