@@ -67,10 +67,10 @@ using ParallelFor = void (*)(int64_t n, int64_t grain,
 // Where a CUDA kernel notes the first value it could not use, such as an index out of range: it skips
 // the access, and the host reports it when it hands the outputs over.
 struct DeviceFault {
-  int32_t kind;  // 0: none yet; 1: index out of range
+  int32_t kind;  // 0: none yet; 1: index out of range; 2: integer division by 0
   uint32_t op_index;
   int64_t value;
-  int64_t limit;  // values 0..limit-1 are fine
+  int64_t limit;  // of an index: values 0..limit-1 are fine
 };
 
 struct ExecutionContext {

@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kThreads)
       const int64_t given = p.is_int64[k] ? *reinterpret_cast<const int64_t*>(from)
                                           : *reinterpret_cast<const int32_t*>(from);
       const int64_t index = given < 0 && p.wraps ? given + p.sizes[k] : given;
-      if (index < 0 || index >= p.sizes[k]) note_fault(p.note, given, p.sizes[k]);
+      if (index < 0 || index >= p.sizes[k]) note_fault(p.note, kIndexOutOfRange, given, p.sizes[k]);
       matches = matches && index == outer[2 + kIndices + k];
     }
     if (!matches) continue;

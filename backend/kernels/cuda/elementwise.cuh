@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include "elements.cuh"
+#include "fault.cuh"
 #include "launch_status.cuh"
 #include "loop_nest.cuh"
 #include "tensor_kernels.h"
@@ -33,6 +34,7 @@ struct ElementwiseParams {
   char* out;
   DType out_dtype;
   int32_t out_n_bytes;
+  FaultNote note;
 };
 
 // y[i] = f(i)
@@ -50,7 +52,7 @@ __device__ __forceinline__ C number_as(const Number& number) {
     return static_cast<C>(number.as_double);
 }
 
-// Family::apply<C, kWidth>(op, a, b, c, alpha, y), kWidth values each.
+// Family::apply(op, a, b, c, alpha, y), kWidth values each, and Family::divides_by_zero(op, b).
 template <typename Family, typename C, int kWidth>
 __global__ void __launch_bounds__(kElementwiseThreads)
     elementwise_kernel(const __grid_constant__ ElementwiseParams p) {
@@ -78,6 +80,7 @@ __global__ void __launch_bounds__(kElementwiseThreads)
     }
     each(x[k], [&](int) { return one[0]; });
   }
+  if (Family::divides_by_zero(p.op, x[1])) note_fault(p.note, kDivisionByZero, 0, 0);
   C y[kWidth];
   Family::apply(p.op, x[0], x[1], x[2], number_as<C>(p.alpha), y);
   RawElems<kWidth> result;
@@ -88,11 +91,12 @@ __global__ void __launch_bounds__(kElementwiseThreads)
 // As many elements to a thread as `nest` allows: 8 where all have at most 2 bytes, else 4, else 1.
 template <typename Family, typename C, int kWidth>
 Status launch_elementwise(const ElementwiseArgs& args, const LoopNest& collapsed,
-                          cudaStream_t stream) {
+                          const FaultNote& note, cudaStream_t stream) {
   LoopNest nest = collapsed;
   ElementwiseParams p = {};
   p.op = args.op;
   p.alpha = args.alpha;
+  p.note = note;
   p.out = nest.data[0];
   p.out_dtype = args.out.dtype;
   p.out_n_bytes = static_cast<int32_t>(kWidth * dtype_bytes(args.out.dtype));
@@ -129,9 +133,9 @@ inline bool elementwise_allows(const ElementwiseArgs& args, const LoopNest& nest
 
 /// add, mul, where, comparisons, ...: elementwise_arithmetic.cu.
 Status launch_elementwise_arithmetic(const ElementwiseArgs& args, const LoopNest& nest,
-                                     cudaStream_t stream);
+                                     const FaultNote& note, cudaStream_t stream);
 /// exp, gelu, pow, ...: elementwise_math.cu.
 Status launch_elementwise_math(const ElementwiseArgs& args, const LoopNest& nest,
-                               cudaStream_t stream);
+                               const FaultNote& note, cudaStream_t stream);
 
 }  // namespace cuda_int4

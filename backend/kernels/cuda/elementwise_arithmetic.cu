@@ -9,7 +9,8 @@
 //           strides, sizes or addresses do not allow more; blocks of 128
 // Bytes     reads a, b, c (broadcast ones once, out of cache), writes out
 // Numerics  computes in float32, float64 or int64 (two's complement); one rounding at the store.
-//           Integer division by 0 gives 0, and a shift of 64 and more what is left of the bits
+//           Integer division by 0 gives 0 and is noted; a shift by 64 and more leaves copies of the
+//           sign, or zeros
 // Source    own
 #include "elementwise.cuh"
 
@@ -87,6 +88,18 @@ __device__ __forceinline__ int64_t shift_right(int64_t a, int64_t b) {
 }
 
 struct Arithmetic {
+  template <typename C, int kWidth>
+  static __device__ __forceinline__ bool divides_by_zero(ElementwiseOp op, const C (&b)[kWidth]) {
+    if constexpr (!std::is_integral_v<C>) return false;
+    if (op != ElementwiseOp::kDivFloor && op != ElementwiseOp::kDivTrunc &&
+        op != ElementwiseOp::kFmod && op != ElementwiseOp::kRemainder)
+      return false;
+    bool any = false;
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) any = any || b[i] == 0;
+    return any;
+  }
+
   template <typename C, int kWidth>
   static __device__ __forceinline__ void apply(ElementwiseOp op, const C (&a)[kWidth],
                                                const C (&b)[kWidth], const C (&c)[kWidth], C alpha,
@@ -197,20 +210,20 @@ struct Arithmetic {
 }  // namespace
 
 Status launch_elementwise_arithmetic(const ElementwiseArgs& args, const LoopNest& nest,
-                                     cudaStream_t stream) {
+                                     const FaultNote& note, cudaStream_t stream) {
   switch (args.compute) {
     case ComputeType::kFloat32:
       if (elementwise_allows(args, nest, 8))
-        return launch_elementwise<Arithmetic, float, 8>(args, nest, stream);
+        return launch_elementwise<Arithmetic, float, 8>(args, nest, note, stream);
       if (elementwise_allows(args, nest, 4))
-        return launch_elementwise<Arithmetic, float, 4>(args, nest, stream);
-      return launch_elementwise<Arithmetic, float, 1>(args, nest, stream);
+        return launch_elementwise<Arithmetic, float, 4>(args, nest, note, stream);
+      return launch_elementwise<Arithmetic, float, 1>(args, nest, note, stream);
     case ComputeType::kInt64:
       if (elementwise_allows(args, nest, 4))
-        return launch_elementwise<Arithmetic, int64_t, 4>(args, nest, stream);
-      return launch_elementwise<Arithmetic, int64_t, 1>(args, nest, stream);
+        return launch_elementwise<Arithmetic, int64_t, 4>(args, nest, note, stream);
+      return launch_elementwise<Arithmetic, int64_t, 1>(args, nest, note, stream);
     case ComputeType::kFloat64:
-      return launch_elementwise<Arithmetic, double, 1>(args, nest, stream);
+      return launch_elementwise<Arithmetic, double, 1>(args, nest, note, stream);
   }
   return {};
 }

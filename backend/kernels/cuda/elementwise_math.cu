@@ -52,7 +52,14 @@ __device__ __forceinline__ int64_t power(int64_t base, int64_t exponent) {
   return static_cast<int64_t>(result);
 }
 
-struct Power {  // of integers
+struct NoDivision {
+  template <typename C, int kWidth>
+  static __device__ __forceinline__ bool divides_by_zero(ElementwiseOp, const C (&)[kWidth]) {
+    return false;
+  }
+};
+
+struct Power : NoDivision {  // of integers
   template <typename C, int kWidth>
   static __device__ __forceinline__ void apply(ElementwiseOp, const C (&a)[kWidth],
                                                const C (&b)[kWidth], const C (&)[kWidth], C,
@@ -61,7 +68,7 @@ struct Power {  // of integers
   }
 };
 
-struct Mathematics {
+struct Mathematics : NoDivision {
   template <typename C, int kWidth>
   static __device__ __forceinline__ void apply(ElementwiseOp op, const C (&a)[kWidth],
                                                const C (&b)[kWidth], const C (&c)[kWidth], C alpha,
@@ -128,16 +135,16 @@ struct Mathematics {
 }  // namespace
 
 Status launch_elementwise_math(const ElementwiseArgs& args, const LoopNest& nest,
-                               cudaStream_t stream) {
+                               const FaultNote& note, cudaStream_t stream) {
   switch (args.compute) {
     case ComputeType::kFloat32:
       if (elementwise_allows(args, nest, 4))
-        return launch_elementwise<Mathematics, float, 4>(args, nest, stream);
-      return launch_elementwise<Mathematics, float, 1>(args, nest, stream);
+        return launch_elementwise<Mathematics, float, 4>(args, nest, note, stream);
+      return launch_elementwise<Mathematics, float, 1>(args, nest, note, stream);
     case ComputeType::kInt64:
-      return launch_elementwise<Power, int64_t, 1>(args, nest, stream);
+      return launch_elementwise<Power, int64_t, 1>(args, nest, note, stream);
     case ComputeType::kFloat64:
-      return launch_elementwise<Mathematics, double, 1>(args, nest, stream);
+      return launch_elementwise<Mathematics, double, 1>(args, nest, note, stream);
   }
   return {};
 }

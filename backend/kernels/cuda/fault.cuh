@@ -18,12 +18,13 @@ inline FaultNote fault_note(const ExecutionContext& context) {
 }
 
 constexpr int32_t kIndexOutOfRange = 1;
+constexpr int32_t kDivisionByZero = 2;
 
 // The first one of all kernels stays.
-__device__ __noinline__ inline void note_fault(const FaultNote& note, int64_t value,
+__device__ __noinline__ inline void note_fault(const FaultNote& note, int32_t kind, int64_t value,
                                                int64_t limit) {
   if (note.fault == nullptr) return;
-  if (atomicCAS_system(&note.fault->kind, 0, kIndexOutOfRange) != 0) return;
+  if (atomicCAS_system(&note.fault->kind, 0, kind) != 0) return;
   note.fault->op_index = note.op_index;
   note.fault->value = value;
   note.fault->limit = limit;

@@ -85,7 +85,7 @@ __device__ __forceinline__ bool follow_indices(const IndexParams<kIndices>& p,
                                                 : *reinterpret_cast<const int32_t*>(from);
     const int64_t index = given < 0 && p.wraps ? given + p.indices[k].size : given;
     if (index < 0 || index >= p.indices[k].size) {
-      note_fault(p.note, given, p.indices[k].size);
+      note_fault(p.note, kIndexOutOfRange, given, p.indices[k].size);
       return false;
     }
     *offset += index * p.indices[k].stride;

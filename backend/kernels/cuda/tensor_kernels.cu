@@ -21,8 +21,9 @@ Status elementwise(const ElementwiseArgs& args, const ExecutionContext& context)
   nest.collapse();
   const auto launch =
       args.op < kFirstMath ? launch_elementwise_arithmetic : launch_elementwise_math;
-  return nest.in_pieces(
-      [&](const LoopNest& piece) { return launch(args, piece, stream_of(context)); });
+  return nest.in_pieces([&](const LoopNest& piece) {
+    return launch(args, piece, fault_note(context), stream_of(context));
+  });
 }
 
 Status copy(const char* who, const CopyPart* parts, int n_parts, const ExecutionContext& context) {
