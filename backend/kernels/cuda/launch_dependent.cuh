@@ -1,0 +1,31 @@
+// Launches of kernels that may start before the kernel ahead of them in the stream has ended.
+#pragma once
+
+#include <cuda_runtime.h>
+
+namespace cuda_int4 {
+
+// `kernel` calls griddepcontrol_wait before it touches memory that others write or read: its launch
+// overlaps the end of the kernel ahead. A plain launch where the GPU (below sm_90) has no such thing.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch_dependent(void (*kernel)(Parameters...), dim3 grid, dim3 block, int shared_bytes,
+                             cudaStream_t stream, const Arguments&... arguments) {
+  int device = 0, major = 0;
+  cudaError_t code = cudaGetDevice(&device);
+  if (code != cudaSuccess) return code;
+  code = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (code != cudaSuccess) return code;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = major >= 9 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+}
+
+}  // namespace cuda_int4
