@@ -49,13 +49,18 @@ def test_greedy_takes_the_lowest_index_of_equals(dtype):
     logits = torch.tensor([-1.0, 3.5, 2.0, 3.5, float("-inf")], dtype=dtype)
     assert sample(logits, **GREEDY) == 1 == torch.argmax(logits).item()
     assert sample(torch.zeros(9, dtype=dtype), **GREEDY) == 0
+    assert sample(torch.tensor([-1.0, -0.0, 0.0], dtype=dtype), **GREEDY) == 1
+    assert sample(torch.tensor([-1e-6, 0.0, -0.0], dtype=dtype), **GREEDY) == 1
+    many = torch.full((20_000,), -2.0, dtype=dtype)
+    many[[19_999, 12_345, 12_346]] = -1.0
+    assert sample(many, **GREEDY) == 12_345
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_greedy_agrees_with_argmax(dtype):
     generator = torch.Generator().manual_seed(0)
     for scale in (1e-6, 1e-3, 1.0, 300.0):  # 1e-6: subnormal halves
-        for size in (1, 2, 257, 1000):
+        for size in (1, 2, 257, 1000, 4096, 9001):
             logits = (torch.randn(size, generator=generator) * scale).to(dtype)
             assert sample(logits, **GREEDY) == torch.argmax(logits.float()).item()
 
@@ -191,6 +196,7 @@ def test_the_generator_of_these_tests_gives_the_papers_known_answers():
     [
         ([1.0, float("nan"), 2.0], "gave NaN as the logit of token 1 at position 17"),
         ([float("nan")] * 3, "gave NaN as the logit of token 0"),
+        ([1.0, math.copysign(math.nan, -1.0)], "gave NaN as the logit of token 1"),
         ([1.0, 2.0, float("inf")], r"gave \+inf as the logit of token 2"),
         ([-math.inf] * 3, "every logit at position 17 is -inf"),
     ],
