@@ -21,6 +21,7 @@ import argparse
 import csv
 import dataclasses
 import io
+import re
 import statistics
 import sys
 import tempfile
@@ -33,7 +34,7 @@ import torch
 
 import cuda_int4
 import decode_model
-from cuda_int4.model import Model
+from cuda_int4.model import Model, Profile
 from machine import choose_device, command_line, commit_id, cpu_name, driver_version
 
 COLUMNS = (
@@ -168,6 +169,52 @@ def measure(
     return rows
 
 
+def profile(
+    model: Model, config: decode_model.Config, options: argparse.Namespace
+) -> dict[int, Profile]:
+    """Where the time of one token goes, at the shortest and the longest context."""
+    profiles = {}
+    for n in sorted({min(options.context), max(options.context)}):
+        model.reset()
+        token = torch.tensor([[1 % config.vocab_size]])
+        profiles[n] = model.profile(token, torch.tensor([n]))
+    return profiles
+
+
+def by_shape(profile: Profile) -> dict[str, tuple[int, float]]:
+    """Calls and microseconds by op, linears by their N and K; dearest first."""
+    sums: dict[str, tuple[int, float]] = {}
+    for one in profile.instructions:
+        sizes = re.search(r"N=\d+ K=\d+", one.detail)
+        name = one.op.removeprefix("cuda_int4::") + (f" {sizes[0]}" if sizes else "")
+        n, us = sums.get(name, (0, 0.0))
+        sums[name] = (n + 1, us + one.us)
+    return dict(sorted(sums.items(), key=lambda item: -item[1][1]))
+
+
+def op_table(profiles: dict[int, Profile]) -> list[str]:
+    """Microseconds of a token by op, as Markdown."""
+    contexts = list(profiles)
+    ops = {n: by_shape(profiles[n]) for n in contexts}
+    last = ops[contexts[-1]]
+    lines = [
+        "",
+        "Where the time of a token goes, microseconds by op. On a GPU each has a timestamp behind it,",
+        "about a microsecond, so the sum is more than the call takes:",
+        "",
+        "| op | calls | " + " | ".join(f"context {n}" for n in contexts) + " |",
+        "|---|---:|" + "---:|" * len(contexts),
+    ]
+    for name, (n_calls, _) in last.items():
+        times = [f"{ops[n].get(name, (0, 0.0))[1]:.1f}" for n in contexts]
+        lines.append(f"| {name} | {n_calls} | {' | '.join(times)} |")
+    n_all = sum(n for n, _ in last.values())
+    sums = [f"{sum(us for _, us in ops[n].values()):.1f}" for n in contexts]
+    lines.append(f"| sum | {n_all} | {' | '.join(sums)} |")
+    totals = [f"{profiles[n].total_us:.1f}" for n in contexts]
+    return [*lines, f"| the call, without timestamps | | {' | '.join(totals)} |"]
+
+
 def report(
     rows: Sequence[Row], config: decode_model.Config, notes: Sequence[str], peak_MB: float,
     options: argparse.Namespace,
@@ -229,6 +276,7 @@ def run(options: argparse.Namespace, folder: Path) -> None:
         model = load(path, options.device, options.cuda_graph)
     with model:
         rows = measure(model, config, weight_bytes, options)
+        profiles = profile(model, config, options)
         use = model.device_use()
     where = machine_name(options.device)
     if options.device == "cuda":
@@ -245,6 +293,7 @@ def run(options: argparse.Namespace, folder: Path) -> None:
         ),
     ]
     as_csv, as_markdown = report(rows, config, notes, use.peak_device_bytes / 1e6, options)
+    as_markdown += "\n".join(op_table(profiles)) + "\n"
     print(as_markdown)
     if options.out is not None:
         options.out.write_text(as_csv)
