@@ -112,7 +112,9 @@ def export(config: decode_model.Config, options: argparse.Namespace, path: Path)
 
 def load(path: Path, device: str, cuda_graph: bool) -> Model:
     """Open it without the checksums over constants, which export has just made."""
-    return cuda_int4.load(path, device=device, verify=False, cuda_graph=cuda_graph)
+    apart = path.with_suffix(".ptd")
+    data_path = apart if apart.exists() else None
+    return cuda_int4.load(path, data_path, device=device, verify=False, cuda_graph=cuda_graph)
 
 
 def check(path: Path, prompt: Sequence[int], options: argparse.Namespace, model: Model) -> None:
@@ -199,8 +201,8 @@ def op_table(profiles: dict[int, Profile]) -> list[str]:
     last = ops[contexts[-1]]
     lines = [
         "",
-        "Where the time of a token goes, microseconds by op. On a GPU each has a timestamp behind it,",
-        "about a microsecond, so the sum is more than the call takes:",
+        "Where the time of a token goes, microseconds by op. On a GPU each has a timestamp behind",
+        "it, about a microsecond, so the sum is more than the call takes:",
         "",
         "| op | calls | " + " | ".join(f"context {n}" for n in contexts) + " |",
         "|---|---:|" + "---:|" * len(contexts),
@@ -323,7 +325,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="do not load it a second time to compare the tokens",
     )  # fmt: skip
     parser.add_argument(
-        "--pte", type=Path, help="keep the program here, or run the one that is there"
+        "--pte",
+        type=Path,
+        help="keep the program here, or run the one that is there (with the .ptd beside it)",
     )
     parser.add_argument("--commit", default="", help="to record, where git does not know it")
     parser.add_argument("--out", type=Path, help="CSV file; Markdown goes beside it")
