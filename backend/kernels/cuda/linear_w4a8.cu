@@ -8,6 +8,16 @@
 
 namespace cuda_int4 {
 
+namespace {
+
+cudaError_t launch(const W4A8Args& args, cudaStream_t stream) {
+  if (args.M == 1) return launch_matvec_w4a8_dp4a(args, stream);
+  if (args.M <= 16) return launch_matvec_w4a8_mma(args, stream);
+  return launch_matmul_w4a8_mma(args, stream);
+}
+
+}  // namespace
+
 Status quantize_int8(const TensorView& x, void* to, const ExecutionContext& context) {
   QuantizeInt8Args args = {};
   args.x = x.data;
@@ -41,8 +51,7 @@ Status linear_coalesced_w4a8(const LinearArgs& args, const ExecutionContext& con
   p.dtype = args.y.dtype;
   p.scale_dtype = args.scale.dtype;
   p.zero_point_dtype = args.zero_point.present() ? args.zero_point.dtype : args.scale.dtype;
-  const cudaStream_t stream = static_cast<cudaStream_t>(context.stream);
-  return launch_status(weight_name(args), launch_matvec_w4a8_coalesced(p, stream));
+  return launch_status(weight_name(args), launch(p, static_cast<cudaStream_t>(context.stream)));
 }
 
 }  // namespace cuda_int4

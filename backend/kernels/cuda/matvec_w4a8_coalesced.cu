@@ -15,7 +15,6 @@
 // Bytes     reads N*K/2 + N*n_groups scales and zero points per row m; bound by qdata at M = 1
 // Numerics  exact int32 dot per 32 k, the rest in fp32, one rounding at the store
 // Source    direct from the formula; the baseline that faster rungs are measured against
-#include "numeric.cuh"
 #include "ptx.cuh"
 #include "w4a8.cuh"
 
@@ -25,22 +24,6 @@ namespace {
 
 constexpr int kWarps = 4;
 constexpr int64_t kMaxGridY = 65535;
-
-__device__ __forceinline__ float load_as(DType dtype, const void* from, int64_t i) {
-  if (dtype == DType::kFloat32) return static_cast<const float*>(from)[i];
-  if (dtype == DType::kFloat16) return as_float(static_cast<const __half*>(from)[i]);
-  return as_float(static_cast<const __nv_bfloat16*>(from)[i]);
-}
-
-__device__ __forceinline__ void store_as(DType dtype, void* to, int64_t i, float value) {
-  if (dtype == DType::kFloat32) {
-    static_cast<float*>(to)[i] = value;
-  } else if (dtype == DType::kFloat16) {
-    static_cast<__half*>(to)[i] = from_float<__half>(value);
-  } else {
-    static_cast<__nv_bfloat16*>(to)[i] = from_float<__nv_bfloat16>(value);
-  }
-}
 
 __global__ void __launch_bounds__(32 * kWarps) matvec_w4a8_coalesced_kernel(W4A8Args p) {
   const int64_t n = int64_t{blockIdx.x} * kWarps + threadIdx.y;
@@ -64,14 +47,14 @@ __global__ void __launch_bounds__(32 * kWarps) matvec_w4a8_coalesced_kernel(W4A8
       }
       const QuantizedParameter parameter = p.parameter[j * p.n_tokens + m];
       const float zero =
-          p.zero_point == nullptr ? 8.f : load_as(p.zero_point_dtype, p.zero_point, group);
+          p.zero_point == nullptr ? 8.f : load_as_float(p.zero_point_dtype, p.zero_point, group);
       const float centred = fmaf(-zero, static_cast<float>(parameter.sum), static_cast<float>(dot));
-      sum = fmaf(parameter.s_x * load_as(p.scale_dtype, p.scale, group), centred, sum);
+      sum = fmaf(parameter.s_x * load_as_float(p.scale_dtype, p.scale, group), centred, sum);
     }
     sum = warp_sum(sum);
     if (threadIdx.x == 0) {
-      if (p.bias != nullptr) sum += load_as(p.dtype, p.bias, n);
-      store_as(p.dtype, p.y, m * p.N + n, sum);
+      if (p.bias != nullptr) sum += load_as_float(p.dtype, p.bias, n);
+      store_from_float(p.dtype, p.y, m * p.N + n, sum);
     }
   }
 }

@@ -33,6 +33,44 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// ---- loads of memory that nobody writes meanwhile ----
+// Volatile, so that they stay in the order of the source: first the far ones, then those of L1.
+
+// 16 bytes that are read once: they do not stay in L1.
+__device__ __forceinline__ uint4 load_global_once_v4(const void* from) {
+  uint4 value;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(from));
+  return value;
+}
+
+__device__ __forceinline__ uint4 load_global_v4(const void* from) {
+  uint4 value;
+  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(from));
+  return value;
+}
+
+__device__ __forceinline__ uint2 load_global_v2(const void* from) {
+  uint2 value;
+  asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "l"(from));
+  return value;
+}
+
+__device__ __forceinline__ uint32_t load_global_u32(const void* from) {
+  uint32_t value;
+  asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(value) : "l"(from));
+  return value;
+}
+
+__device__ __forceinline__ uint32_t load_global_u16(const void* from) {
+  uint16_t value;
+  asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(value) : "l"(from));
+  return value;
+}
+
 // ---- asynchronous copies, global to shared (sm_80) ----
 
 __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global) {

@@ -5,6 +5,7 @@
 
 #include "../quantized_activation.h"
 #include "../tensor_view.h"
+#include "numeric.cuh"
 
 namespace cuda_int4 {
 
@@ -20,6 +21,34 @@ struct W4A8Args {  // device pointers; sizes in elements
   int64_t M, N, K, group_size, n_tokens;
 };
 
+// Group of weights of the 32 k number j: j >> shift.
+inline int w4a8_group_shift(const W4A8Args& args) {
+  if (args.group_size == args.K) return 31;
+  int shift = 0;
+  while ((kQuantizedGroup << shift) < args.group_size) ++shift;
+  return shift;
+}
+
+// Element i of a tensor whose dtype is looked at here: one kernel for every dtype of scale and y.
+__device__ __forceinline__ float load_as_float(DType dtype, const void* from, int64_t i) {
+  if (dtype == DType::kFloat32) return static_cast<const float*>(from)[i];
+  if (dtype == DType::kFloat16) return as_float(static_cast<const __half*>(from)[i]);
+  return as_float(static_cast<const __nv_bfloat16*>(from)[i]);
+}
+
+__device__ __forceinline__ void store_from_float(DType dtype, void* to, int64_t i, float value) {
+  if (dtype == DType::kFloat32) {
+    static_cast<float*>(to)[i] = value;
+  } else if (dtype == DType::kFloat16) {
+    static_cast<__half*>(to)[i] = from_float<__half>(value);
+  } else {
+    static_cast<__nv_bfloat16*>(to)[i] = from_float<__nv_bfloat16>(value);
+  }
+}
+
+cudaError_t launch_matvec_w4a8_dp4a(const W4A8Args& args, cudaStream_t stream);  // M == 1
+cudaError_t launch_matvec_w4a8_mma(const W4A8Args& args, cudaStream_t stream);   // M <= 16
+cudaError_t launch_matmul_w4a8_mma(const W4A8Args& args, cudaStream_t stream);   // M > 2
 cudaError_t launch_matvec_w4a8_coalesced(const W4A8Args& args, cudaStream_t stream);
 
 }  // namespace cuda_int4
