@@ -1,0 +1,111 @@
+"""The benchmarks' own parts: shapes, random weights, the plot, what the command line refuses."""
+
+import importlib.util
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+
+from cuda_int4.commands.shipped import shipped_script
+from messages import folded, message
+
+shapes = shipped_script("benchmarks/shapes")
+decode_model = shipped_script("benchmarks/decode_model")
+bench_decode = shipped_script("benchmarks/bench_decode")
+bench_linear = shipped_script("benchmarks/bench_linear")
+plot_linear = shipped_script("benchmarks/plot_linear")
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"), [("llama-3-8b", 7.50), ("llama-3-70b", 69.5), ("gemma-4-31b", 30.7)]
+)
+def test_a_decoder_has_the_linears_that_are_timed(name, billions):
+    linears = decode_model.MODELS[name].linears
+    assert set(linears) == set(shapes.LINEARS[name])
+    assert round(sum(N * K for N, K in linears) / 1e9, 1 if billions > 10 else 2) == billions
+
+
+def test_bytes_of_the_cache_that_a_token_needs():
+    llama, gemma = (decode_model.MODELS[name] for name in ("llama-3-8b", "gemma-4-31b"))
+    assert llama.cache_bytes_read(1000, 2) == 1000 * 131072
+    sliding, full = 50 * 2 * 16 * 256 * 2, 10 * 2 * 4 * 512 * 2
+    assert gemma.cache_bytes_read(1000, 2) == 1000 * (sliding + full)
+    assert gemma.cache_bytes_read(8192, 2) == 1024 * sliding + 8192 * full
+
+
+@pytest.mark.parametrize("zero_points", [False, True])
+def test_random_weights_keep_the_size_of_what_goes_through(zero_points):
+    weights = decode_model.RandomWeights(torch.bfloat16, 32, zero_points, "none")
+    first, second = weights.weight(256, 1024), weights.weight(256, 1024)
+    nbytes = decode_model.weight_bytes(256, 1024, 32, zero_points)
+    for weight in (first, second):
+        parts = [
+            part for part in (weight.qdata, weight.scale, weight.zero_point) if part is not None
+        ]
+        assert sum(part.nbytes for part in parts) == nbytes
+        y = torch.randn(64, 1024) @ weight.dequantize().T
+        assert 0.8 < float(y.std()) < 1.25
+    assert not torch.equal(first.qdata, second.qdata)
+    assert first.qdata.data_ptr() != second.qdata.data_ptr()
+
+
+TABLE = """\
+# a machine
+# command: bench_linear.py
+kernel,M,N,K,group_size,us_median,zero_points,light_fraction
+w4a16,1,64,32,32,1.00,1,0.900
+w4a16,16,64,32,32,2.00,1,0.500
+w4a8,1,64,32,128,WRONG,0,
+cublas_fp16,1,64,32,,9.00,,0.800
+w4a16,1,96,32,32,1.00,1,0.700
+"""
+
+
+def test_a_plot_is_a_picture_or_says_what_is_missing(tmp_path):
+    table, picture = tmp_path / "t.csv", tmp_path / "t.png"
+    table.write_text(TABLE)
+    notes, rows = plot_linear.read(table)
+    assert notes[0] == "a machine" and [row["us_median"] for row in rows].count("WRONG") == 0
+    assert {plot_linear.label(row) for row in rows} == {"w4a16 g32 z", "cublas_fp16"}
+    if importlib.util.find_spec("matplotlib") is None:
+        with pytest.raises(ImportError, match="expected matplotlib"):
+            plot_linear.draw(table, picture)
+        return
+    plot_linear.draw(table, picture)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_plot_of_something_else_is_refused(tmp_path):
+    table = tmp_path / "t.csv"
+    table.write_text("kernel,M\nw4a16,1\n")
+    with pytest.raises(ValueError, match="expected the CSV of `cuda-int4 bench linear"):
+        plot_linear.read(table)
+
+
+def test_bench_without_matplotlib_says_so_before_it_measures(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert_expected_inline(
+        folded(message(plot_linear.require_matplotlib, error=ImportError)),
+        """\
+plot: expected matplotlib, which is not installed; pip install matplotlib, or pip install
+    'executorch-cuda-int4[bench]'""",
+    )
+
+
+@pytest.mark.parametrize(
+    ("main", "options", "words"),
+    [
+        (bench_linear, ["--device", "cpu", "--kernel", "tinygemm"], "expected kernels of the cpu"),
+        (bench_linear, ["--device", "cpu", "--plot", "x.png"], "--plot draws a GPU's results"),
+        (bench_decode, ["--new-tokens", "4"], "expected --new-tokens of at least 6, got 4"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(main, options, words):
+    with pytest.raises(ValueError, match=words):
+        main.main(options)
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="--device cuda needs a torch with CUDA and a GPU"):
+        bench_linear.main(["--device", "cuda"])
