@@ -330,17 +330,23 @@ def run(options: argparse.Namespace, out: TextIO) -> bool:
     table = csv.writer(out, lineterminator="\n")
     table.writerow(COLUMNS)
     all_right = True
+    weights: list[tuple[Weight, Tensor]] = []
+    made_for = (0, 0)
     for (N, K), M in itertools.product(options.shapes, options.rows):
+        if made_for != (N, K):
+            weights.clear()
+            kinds = itertools.product(options.group_sizes, options.zero_points)
+            made = (make_weight(N, K, group_size or K, zeros) for group_size, zeros in kinds)
+            weights += [(weight, weight.dequantize()) for weight in made]
+            made_for = (N, K)
         x = torch.randn(M, K, generator=torch.Generator().manual_seed(M)).to(options.dtype).cuda()
-        candidates: list[Candidate] = []
-        dense: Tensor | None = None
-        for group_size, zero_points in itertools.product(options.group_sizes, options.zero_points):
-            weight = make_weight(N, K, group_size or K, zero_points)
-            dense = weight.dequantize()
-            candidates += candidates_for(kernels, x, weight, dense, rotate_bytes)
-        if "cublas_fp16" in kernels and dense is not None:
-            candidates.append(cublas(x, dense, rotate_bytes))
-        del dense
+        candidates = [
+            candidate
+            for weight, dense in weights
+            for candidate in candidates_for(kernels, x, weight, dense, rotate_bytes)
+        ]
+        if "cublas_fp16" in kernels:
+            candidates.append(cublas(x, weights[-1][1], rotate_bytes))
         right = [candidate.is_right() for candidate in candidates]
         timed = [c for c, is_right in zip(candidates, right, strict=True) if is_right]
         for candidate in timed:
