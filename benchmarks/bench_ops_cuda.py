@@ -28,7 +28,7 @@ KERNELS = Path(__file__).resolve().parents[1] / "backend" / "kernels" / "cuda"
 SOURCES = (
     "rms_norm.cu", "silu.cu", "layer_norm.cu", "softmax.cu", "reduce_sums.cu", "reduce_extremes.cu",
     "matmul.cu", "matmul_plain.cu", "matmul_w16a16_mma.cu", "matmul_cublaslt.cu",
-    "matvec_w16a16_mma.cu", "matvec_w32a32.cu", "cublaslt.cpp",
+    "matvec_w16a16_mma.cu", "matvec_dense.cu", "cublaslt.cpp",
 )  # fmt: skip
 SHIM = """
 #include "kernels/cuda/matmul_kernels.cuh"

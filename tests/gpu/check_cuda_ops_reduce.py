@@ -6,7 +6,8 @@ Needs the package, built with nvcc, executorch and a GPU. Each group of cases is
 for CUDA (a node left outside of the delegate is a failure) and run five times, on two sets of
 inputs in turns: what stands in memory from the run before is wrong, and the last runs replay a CUDA
 graph. Equal inputs must give equal bits. Prints a line a group and a summary; the exit status is 0
-if all are right. Names of groups as arguments run only those.
+if all are right. Names of groups as arguments run only those. With --lowered=FOLDER the models are
+written there, and read where they are there already; --lower-only stops then, and needs no GPU.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ INTS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (*FLOATS, DOUBLE, *INTS)}
 aten = torch.ops.aten
 MAX_PRINTED = 60
+LOWERED, LOWER_ONLY = "--lowered=", "--lower-only"
 
 
 @dataclass
@@ -393,12 +395,6 @@ def convolutions() -> Iterator[Case]:
                 lambda x, w, o=options: aten.convolution(x, w, None, *o),
                 made(*parts[:2]),
             )
-    last = torch.channels_last
-    yield Case(
-        "convolution of channels last",
-        lambda x, w, b: F.conv2d(x.to(memory_format=last), w, b, 2).contiguous(),
-        made(normal(2, 16, 12, 10), normal(8, 16, 3, 3), normal(8)),
-    )
 
 
 def pools() -> Iterator[Case]:
@@ -515,10 +511,13 @@ def check_group(name: str, cases: list[Case], folder: Path, failures: list[str])
     for seed in (1, 2):
         generator = torch.Generator().manual_seed(seed)
         turns.append([list(case.inputs(generator)) for case in cases])
-    path = folder / "group.pte"
-    outside = lower(cases, turns[0], path)
-    if outside:
-        failures.append(f"{name}: left outside of the delegate: {sorted(set(outside))}")
+    path = folder / f"{name}.pte"
+    if not path.exists():
+        outside = lower(cases, turns[0], path)
+        if outside:
+            failures.append(f"{name}: left outside of the delegate: {sorted(set(outside))}")
+    if LOWER_ONLY in sys.argv:
+        return 0
     n_right = 0
     seen: list[list[Tensor]] = [[], []]
     with cuda_int4.load(path, device=os.environ.get("CHECK_DEVICE", "cuda")) as model:
@@ -542,24 +541,34 @@ def check_group(name: str, cases: list[Case], folder: Path, failures: list[str])
     return n_right
 
 
-def main() -> int:
-    """Check, report."""
-    only = sys.argv[1:] or list(GROUPS)
+def check_groups(groups: dict[str, Callable[[], Iterator[Case]]], folder: Path) -> int:
+    """Check those that are asked for, report; the exit status."""
+    only = [name for name in sys.argv[1:] if name in groups] or list(groups)
     n_right = 0
     all_failures: list[str] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for name in only:
-            failures: list[str] = []
-            cases = list(GROUPS[name]())
-            right = check_group(name, cases, Path(folder), failures)
-            n_right += right
-            all_failures += failures
-            verdict = "ok" if not failures else "WRONG"
-            print(f"{name:22} {len(cases):4} cases {right:5} right  {verdict}", flush=True)
-            for failure in failures[:MAX_PRINTED]:
-                print("  WRONG", failure, flush=True)
+    for name in only:
+        failures: list[str] = []
+        cases = list(groups[name]())
+        right = check_group(name, cases, folder, failures)
+        n_right += right
+        all_failures += failures
+        verdict = "ok" if not failures else "WRONG"
+        print(f"{name:22} {len(cases):4} cases {right:5} right  {verdict}", flush=True)
+        for failure in failures[:MAX_PRINTED]:
+            print("  WRONG", failure, flush=True)
     print(f"{n_right} right, {len(all_failures)} wrong")
     return 1 if all_failures else 0
+
+
+def main() -> int:
+    """Check in a folder of its own, or in the one of --lowered=FOLDER."""
+    for argument in sys.argv[1:]:
+        if argument.startswith(LOWERED):
+            folder = Path(argument.removeprefix(LOWERED))
+            folder.mkdir(exist_ok=True)
+            return check_groups(GROUPS, folder)
+    with tempfile.TemporaryDirectory() as temporary:
+        return check_groups(GROUPS, Path(temporary))
 
 
 if __name__ == "__main__":

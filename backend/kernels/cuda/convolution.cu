@@ -26,6 +26,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int64_t kMaxBlocks = int64_t{1} << 30;
+constexpr int64_t kAlignment = 256;  // of columns, in bytes
 constexpr int64_t kMaxColumnsBytes = int64_t{512} << 20;
 
 unsigned grid_of(int64_t numel) {
@@ -138,64 +139,39 @@ Product product_of(const ConvolutionArgs& args) {
     return strides[3] == 1 && strides[2] == sizes[1] && strides[1] == sizes[0] * sizes[1] &&
            (args.N == 1 || strides[0] == channels * strides[1]);
   };
-  const auto channels_inside = [&](const int64_t (&strides)[4], const int64_t (&sizes)[2],
-                                   int64_t channels) {
-    return strides[1] == 1 && strides[3] == channels && strides[2] == sizes[1] * channels &&
-           (args.N == 1 || strides[0] == sizes[0] * strides[2]);
-  };
-  const bool y_flat = flat(args.y_strides, args.out_sizes, O);
-  const bool y_inside = channels_inside(args.y_strides, args.out_sizes, O);
   if (!is_float || args.groups != 1 || args.is_transposed || !weight_is_flat || K == 0 || L == 0 ||
-      !(y_flat || y_inside) || (args.bias != nullptr && args.bias_dtype != args.dtype))
+      !flat(args.y_strides, args.out_sizes, O) ||
+      (args.bias != nullptr && args.bias_dtype != args.dtype))
     return product;
 
-  // One side is the weight [O, K], the other x's columns [L, K]; y says which comes first.
-  int64_t columns_l = K, columns_k = 1, columns_batch = L * K;
-  bool is_x = kernel_elems == 1;
-  for (int d = 0; d < 2; ++d) is_x = is_x && window.stride[d] == 1 && window.padding[d] == 0;
-  if (is_x && flat(args.x_strides, args.in_sizes, args.in_channels)) {
-    columns_l = 1;
-    columns_k = L;
-    columns_batch = K * L;
-  } else if (is_x && channels_inside(args.x_strides, args.in_sizes, args.in_channels)) {
-    columns_l = K;
-    columns_k = 1;
-  } else {
-    is_x = false;
-    const int64_t n_elems = args.N * L;
-    if (n_elems > kMaxColumnsBytes / elem_bytes / K) return product;
-    product.columns_bytes = static_cast<uint64_t>((n_elems * K * elem_bytes + 255) / 256 * 256);
-  }
+  // y [O, L] = weight [O, K] @ columns [L, K].T, for each n.
   MatmulArgs& matmul = product.matmul;
-  matmul.y = args.y;
+  matmul.a = args.weight;
   matmul.c = args.bias;
+  matmul.y = args.y;
   matmul.dtype = args.dtype;
   matmul.batch = args.N;
+  matmul.M = O;
+  matmul.N = L;
   matmul.K = K;
+  matmul.a_m = K;
+  matmul.a_k = 1;
+  matmul.b_batch = L * K;
+  matmul.c_m = 1;
   matmul.alpha = matmul.beta = 1;
-  const void* columns = is_x ? args.x : nullptr;
-  if (y_flat) {
-    matmul.a = args.weight;
-    matmul.b = columns;
-    matmul.M = O;
-    matmul.N = L;
-    matmul.a_m = K;
-    matmul.a_k = 1;
-    matmul.b_batch = columns_batch;
-    matmul.b_n = columns_l;
-    matmul.b_k = columns_k;
-    matmul.c_m = 1;
+  bool is_x = kernel_elems == 1 && flat(args.x_strides, args.in_sizes, args.in_channels);
+  for (int d = 0; d < 2; ++d) is_x = is_x && window.stride[d] == 1 && window.padding[d] == 0;
+  if (is_x) {  // x [K, L] is its own columns
+    matmul.b = args.x;
+    matmul.b_k = L;
+    matmul.b_n = 1;
   } else {
-    matmul.a = columns;
-    matmul.b = args.weight;
-    matmul.M = L;
-    matmul.N = O;
-    matmul.a_batch = columns_batch;
-    matmul.a_m = columns_l;
-    matmul.a_k = columns_k;
-    matmul.b_n = K;
+    const int64_t n_rows = args.N * L;
+    if (n_rows > kMaxColumnsBytes / elem_bytes / K) return product;
+    product.columns_bytes =
+        static_cast<uint64_t>((n_rows * K * elem_bytes + kAlignment - 1) / kAlignment * kAlignment);
     matmul.b_k = 1;
-    matmul.c_n = 1;
+    matmul.b_n = K;
   }
   product.possible = true;
   return product;
@@ -205,8 +181,10 @@ Product product_of(const ConvolutionArgs& args) {
 
 uint64_t convolution_scratch_bytes(const ConvolutionArgs& args) {
   const Product product = product_of(args);
-  // Columns start where scratch does, so the null that stands for them is aligned as they will be.
-  return product.possible ? product.columns_bytes + matmul_scratch_bytes(product.matmul) : 0;
+  if (!product.possible) return 0;
+  // The null that stands for columns is aligned as they will be.
+  const uint64_t columns = product.columns_bytes == 0 ? 0 : product.columns_bytes + kAlignment;
+  return columns + matmul_scratch_bytes(product.matmul);
 }
 
 cudaError_t launch_convolution(const ConvolutionArgs& args, void* scratch, uint64_t scratch_bytes,
@@ -220,20 +198,24 @@ cudaError_t launch_convolution(const ConvolutionArgs& args, void* scratch, uint6
       return cudaGetLastError();
     });
   }
-  if (product.columns_bytes > scratch_bytes) return cudaErrorInvalidValue;
+  char* rest = static_cast<char*>(scratch);
+  char* const end = rest + scratch_bytes;
   if (product.columns_bytes > 0) {
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(scratch);
+    char* columns = rest + (begin + kAlignment - 1) / kAlignment * kAlignment - begin;
+    rest = columns + product.columns_bytes;
+    if (rest > end) return cudaErrorInvalidValue;
     const int64_t n_columns = args.N * args.out_sizes[0] * args.out_sizes[1] * product.matmul.K;
     if (args.dtype == DType::kFloat32) {
       convolution_columns_kernel<<<grid_of(n_columns), kThreads, 0, stream>>>(
-          args, static_cast<uint32_t*>(scratch));
+          args, reinterpret_cast<uint32_t*>(columns));
     } else {
       convolution_columns_kernel<<<grid_of(n_columns), kThreads, 0, stream>>>(
-          args, static_cast<uint16_t*>(scratch));
+          args, reinterpret_cast<uint16_t*>(columns));
     }
-    (product.matmul.a == nullptr ? product.matmul.a : product.matmul.b) = scratch;
+    product.matmul.b = columns;
   }
-  return launch_matmul(product.matmul, static_cast<char*>(scratch) + product.columns_bytes,
-                       scratch_bytes - product.columns_bytes, stream);
+  return launch_matmul(product.matmul, rest, static_cast<uint64_t>(end - rest), stream);
 }
 
 }  // namespace cuda_int4

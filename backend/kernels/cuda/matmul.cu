@@ -5,14 +5,19 @@ namespace cuda_int4 {
 
 namespace {
 
-enum class Kernel { kNothing, kMatvec16, kMatvec32, kCublasLt, kMma, kPlain };
+enum class Kernel { kNothing, kMatvecDense, kMatvecMma, kCublasLt, kMma, kPlain };
+
+// cuBLASLt falls to a slow path where rows of y are not of whole 16 bytes; the mat-vecs do not.
+bool suits_cublaslt(const MatmulArgs& args) { return args.N % 8 == 0; }
 
 Kernel choose(const MatmulArgs& args, uint64_t* scratch_bytes) {
   *scratch_bytes = 0;
   if (args.batch == 0 || args.M == 0 || args.N == 0) return Kernel::kNothing;
-  if (matvec_w16a16_accepts(args)) return Kernel::kMatvec16;
-  if (matvec_w32a32_accepts(args)) return Kernel::kMatvec32;
+  if (matvec_dense_accepts(args)) return Kernel::kMatvecDense;
+  const bool few_rows = matvec_w16a16_accepts(args);
+  if (few_rows && !suits_cublaslt(args)) return Kernel::kMatvecMma;
   if (cublaslt_accepts(args, scratch_bytes)) return Kernel::kCublasLt;
+  if (few_rows) return Kernel::kMatvecMma;
   return matmul_w16a16_accepts(args) ? Kernel::kMma : Kernel::kPlain;
 }
 
@@ -30,10 +35,10 @@ cudaError_t launch_matmul(const MatmulArgs& args, void* scratch, uint64_t scratc
   switch (choose(args, &needed)) {
     case Kernel::kNothing:
       return cudaSuccess;
-    case Kernel::kMatvec16:
+    case Kernel::kMatvecDense:
+      return launch_matvec_dense(args, stream);
+    case Kernel::kMatvecMma:
       return launch_matvec_w16a16_mma(args, stream);
-    case Kernel::kMatvec32:
-      return launch_matvec_w32a32(args, stream);
     case Kernel::kCublasLt:
       return launch_matmul_cublaslt(args, scratch, scratch_bytes, stream);
     case Kernel::kMma:

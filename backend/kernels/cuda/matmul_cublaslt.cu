@@ -27,6 +27,7 @@ namespace {
 using namespace cublaslt;
 
 constexpr uint64_t kMaxWorkspaceBytes = uint64_t{32} << 20;
+constexpr uint64_t kWorkspaceAlignment = 256;  // bytes; cuBLASLt asks for it
 constexpr int kMaxDevices = 64;
 constexpr int kThreads = 256;
 constexpr int64_t kMaxBlocks = 4096;
@@ -49,7 +50,7 @@ struct Problem {
   DType dtype;
   Addend addend;
   bool a_is_turned, b_is_turned;              // k is not inside; n is inside
-  int a_alignment, b_alignment, y_alignment;  // bytes, up to 16
+  int a_alignment, b_alignment, y_alignment;  // bytes, up to 256
   int64_t batch, M, N, K, a_line, b_line, a_batch, b_batch;
 
   bool operator==(const Problem& o) const {
@@ -68,7 +69,7 @@ struct Problem {
 };
 
 int alignment_of(const void* pointer) {
-  int alignment = 16;
+  int alignment = 256;
   while (reinterpret_cast<uintptr_t>(pointer) % alignment != 0) alignment /= 2;
   return alignment;
 }
@@ -101,7 +102,7 @@ bool problem_of(const MatmulArgs& args, Problem* p) {
   if (cudaGetDevice(&p->device) != cudaSuccess) return false;
   p->dtype = args.dtype;
   const bool is_bias = args.c != nullptr && args.c_m == 0 && args.c_n == 1 && args.beta == 1 &&
-                       args.batch == 1 && alignment_of(args.c) == 16;
+                       args.batch == 1 && alignment_of(args.c) >= 16;
   p->addend = args.c == nullptr ? Addend::kNone : is_bias ? Addend::kBias : Addend::kMatrix;
   p->a_alignment = alignment_of(args.a);
   p->b_alignment = alignment_of(args.b);
@@ -174,8 +175,10 @@ Heuristic ask(const Library& lib, Handle handle, const Problem& p, const void* b
   };
   const uint32_t alignments[] = {uint32_t(p.b_alignment), uint32_t(p.a_alignment),
                                  uint32_t(p.y_alignment), uint32_t(p.y_alignment)};
+  // Where it splits sums, some of its kernels round before they add the addend.
+  const uint32_t schemes = p.addend == Addend::kNone ? kReduceInComputeType : kReduceNothing;
   bool ok = set(kPreferenceMaxWorkspaceBytes, kMaxWorkspaceBytes) &&
-            set(kPreferenceReductionSchemes, uint32_t{kReduceInComputeType});
+            set(kPreferenceReductionSchemes, schemes);
   for (int i = 0; i < 4; ++i) ok = ok && set(kPreferenceMinAlignmentA + i, alignments[i]);
   int n_found = 0;
   Heuristic found{};
@@ -222,7 +225,8 @@ bool cublaslt_accepts(const MatmulArgs& args, uint64_t* scratch_bytes) {
   const Handle handle = handle_of(*lib, problem.device);
   if (handle == nullptr) return false;
   const Heuristic& heuristic = recommended(*lib, handle, problem, args.c);
-  *scratch_bytes = heuristic.workspace_bytes;
+  if (heuristic.workspace_bytes > 0)
+    *scratch_bytes = heuristic.workspace_bytes + kWorkspaceAlignment;
   return heuristic.state == 0;
 }
 
@@ -233,7 +237,12 @@ cudaError_t launch_matmul_cublaslt(const MatmulArgs& args, void* scratch, uint64
   if (lib == nullptr || !problem_of(args, &problem)) return cudaErrorNotSupported;
   const Handle handle = handle_of(*lib, problem.device);
   const Heuristic& heuristic = recommended(*lib, handle, problem, args.c);
-  if (heuristic.state != 0 || heuristic.workspace_bytes > scratch_bytes)
+  const uintptr_t scratch_begin = reinterpret_cast<uintptr_t>(scratch);
+  const uintptr_t workspace =
+      (scratch_begin + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
+  if (heuristic.state != 0 ||
+      (heuristic.workspace_bytes > 0 &&
+       workspace - scratch_begin + heuristic.workspace_bytes > scratch_bytes))
     return cudaErrorInvalidValue;
   if (problem.addend == Addend::kMatrix && args.c != args.y) {
     const int64_t blocks = (args.batch * args.M * args.N + kThreads - 1) / kThreads;
@@ -251,7 +260,7 @@ cudaError_t launch_matmul_cublaslt(const MatmulArgs& args, void* scratch, uint64
   const cublaslt::Status status =
       lib->matmul(handle, description.desc, &alpha, args.b, description.b, args.a, description.a,
                   &beta, args.y, description.y, args.y, description.y, &heuristic.algorithm,
-                  scratch, heuristic.workspace_bytes, stream);
+                  reinterpret_cast<void*>(workspace), heuristic.workspace_bytes, stream);
   const cudaError_t code = cudaGetLastError();
   return code != cudaSuccess ? code : status == 0 ? cudaSuccess : cudaErrorUnknown;
 }

@@ -9,13 +9,13 @@ namespace cuda_int4 {
 
 cudaError_t launch_matmul_plain(const MatmulArgs& args, cudaStream_t stream);
 
-// Few rows of 16-bit floats.
+// At most 4 rows, of float32 at most 8.
+bool matvec_dense_accepts(const MatmulArgs& args);
+cudaError_t launch_matvec_dense(const MatmulArgs& args, cudaStream_t stream);
+
+// At most 16 rows of 16-bit floats.
 bool matvec_w16a16_accepts(const MatmulArgs& args);
 cudaError_t launch_matvec_w16a16_mma(const MatmulArgs& args, cudaStream_t stream);
-
-// Few rows of float32.
-bool matvec_w32a32_accepts(const MatmulArgs& args);
-cudaError_t launch_matvec_w32a32(const MatmulArgs& args, cudaStream_t stream);
 
 // 16-bit floats, rows of whole 16 bytes.
 bool matmul_w16a16_accepts(const MatmulArgs& args);
