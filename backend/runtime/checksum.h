@@ -21,8 +21,10 @@ uint32_t checksum(const void* data, uint64_t nbytes, uint32_t so_far = 0);
 uint32_t checksum_of_pieces(const uint32_t* crcs, size_t n_pieces);
 
 /// Plain CRC-32C (Castagnoli, reflected, RFC 3720 appendix B.4) with the fastest code this CPU runs.
-/// `so_far`: the CRC of the bytes before, to go on from.
-uint32_t crc32c(const void* data, size_t nbytes, uint32_t so_far = 0);
+uint32_t crc32c(const void* data, size_t nbytes);
+
+/// The CRC-32C of two runs of bytes, from those of each and the length of the second.
+uint32_t crc32c_join(uint32_t first, uint32_t second, uint64_t second_nbytes);
 
 /// The portable code, whatever the CPU: what the fast ones are tested against.
 uint32_t crc32c_portable(const void* data, size_t nbytes);

@@ -4,19 +4,16 @@
 // caller's current device nor another method's matters. No state outside of the object.
 #include <cuda_runtime.h>
 #include <nvtx3/nvToolsExt.h>
-#include <sys/mman.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <unordered_map>
 
-#include "checksum.h"
 #include "device.h"
 #include "errors.h"
 #include "op_table.h"
-#include "parallel.h"
+#include "upload_ring.h"
 
 namespace cuda_int4 {
 
@@ -46,130 +43,45 @@ class CudaGraph final : public DeviceGraph {
   const cudaGraphExec_t exec;
 };
 
-// ---- upload of constants ----
-//
-// Lanes on the thread pool take pieces of 4 MiB. A lane hashes a part of its piece, copies it (now in
-// this core's cache) to one of two page-locked buffers and queues the transfer; meanwhile it fills
-// the other. Page-locking costs 0.4 s/GB: buffers are as small as keeps the bus busy.
-class Uploader {
+class CudaTransport final : public UploadTransport {
  public:
-  Uploader(const char* device, int index, cudaStream_t stream, const Upload* uploads, size_t n,
-           bool verify)
-      : device_(device), index_(index), stream_(stream), uploads_(uploads), verify_(verify) {
-    for (size_t i = 0; i < n; ++i)
-      for (uint64_t at = 0; at < uploads[i].nbytes; at += kChecksumPieceBytes)
-        pieces_.push_back({i, at, std::min(kChecksumPieceBytes, uploads[i].nbytes - at), 0});
+  CudaTransport(int index, cudaStream_t stream) : index_(index), stream_(stream) {
+    for (cudaEvent_t& event : sent_) note(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
   }
-  ~Uploader() {
-    for (cudaEvent_t event : events_) cudaEventDestroy(event);
-    cudaFreeHost(buffers_);
-    cudaGetLastError();
+  ~CudaTransport() override {
+    for (cudaEvent_t event : sent_)
+      if (event != nullptr) cudaEventDestroy(event);
   }
-
-  Error run() {
-    n_lanes_ = std::min(kMaxLanes, pieces_.size());
-    if (n_lanes_ == 0) return Error::Ok;
-    note(cudaHostAlloc(&buffers_, n_lanes_ * 2 * kBufferBytes, cudaHostAllocDefault));
-    for (size_t i = 0; i < 2 * n_lanes_ && !failed(); ++i) {
-      events_.emplace_back();
-      note(cudaEventCreateWithFlags(&events_.back(), cudaEventDisableTiming));
-    }
-    if (!failed())
-      parallel_for(
-          int64_t(n_lanes_), 1,
-          [](void* self, int64_t begin, int64_t end) {
-            for (int64_t lane = begin; lane < end; ++lane)
-              static_cast<Uploader*>(self)->run_lane(size_t(lane));
-          },
-          this);
-    note(cudaStreamSynchronize(stream_));  // the buffers go away
-    return cuda_error(device_, "uploading constants", static_cast<cudaError_t>(error_.load()));
-  }
-
-  /// The first upload of another checksum; n where there is none.
-  size_t first_damaged(size_t n) const {
-    std::vector<uint32_t> crcs;
-    for (size_t i = 0, piece = 0; verify_ && i < n; ++i) {
-      crcs.clear();
-      for (; piece < pieces_.size() && pieces_[piece].upload == i; ++piece)
-        crcs.push_back(pieces_[piece].crc);
-      if (checksum_of_pieces(crcs.data(), crcs.size()) != uploads_[i].checksum) return i;
-    }
-    return n;
-  }
-
- private:
-  static constexpr size_t kMaxLanes = 16;
-  static constexpr uint64_t kBufferBytes = uint64_t(1) << 19;
-  static constexpr uint64_t kStepBytes = uint64_t(1) << 18;  // stays in a core's cache
-
-  struct Piece {
-    size_t upload;
-    uint64_t at, nbytes;
-    uint32_t crc;
-  };
-
-  bool failed() const { return error_.load(std::memory_order_relaxed) != cudaSuccess; }
-  void note(cudaError_t code) {
+  cudaError_t error() const { return static_cast<cudaError_t>(error_.load()); }
+  bool note(cudaError_t code) {
     int expected = cudaSuccess;
     if (code != cudaSuccess) error_.compare_exchange_strong(expected, code);
+    return code == cudaSuccess;
   }
 
-  /// A mapped file's pages, in one call and not in one fault each. Only a matter of speed.
-  static void map_pages(const uint8_t* from, uint64_t nbytes) {
-#if defined(MADV_POPULATE_READ)
-    const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE));
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(from) / page * page;
-    madvise(reinterpret_cast<void*>(begin), reinterpret_cast<uintptr_t>(from) + nbytes - begin,
-            MADV_POPULATE_READ);
-#else
-    (void)from;
-    (void)nbytes;
-#endif
+  // Threads of the pool, where another device may be current. They are given back as they were.
+  bool enter_thread() override {
+    if (cudaGetDevice(&before_) != cudaSuccess) before_ = -1;
+    return note(cudaSetDevice(index_));
   }
-
-  void run_lane(size_t lane) {
-    int before = -1;
-    cudaGetDevice(&before);  // this thread is the pool's
-    note(cudaSetDevice(index_));
-    bool in_use[2] = {false, false};
-    for (int turn = 0; !failed();) {
-      const size_t i = next_.fetch_add(1);
-      if (i >= pieces_.size()) break;
-      Piece& piece = pieces_[i];
-      const auto* from = static_cast<const uint8_t*>(uploads_[piece.upload].from) + piece.at;
-      auto* to = static_cast<uint8_t*>(uploads_[piece.upload].to) + piece.at;
-      map_pages(from, piece.nbytes);
-      for (uint64_t at = 0; at < piece.nbytes && !failed(); at += kBufferBytes, turn ^= 1) {
-        const size_t slot = 2 * lane + size_t(turn);
-        if (in_use[turn]) note(cudaEventSynchronize(events_[slot]));
-        auto* buffer = static_cast<uint8_t*>(buffers_) + slot * kBufferBytes;
-        const uint64_t n = std::min(kBufferBytes, piece.nbytes - at);
-        for (uint64_t step = 0; step < n; step += kStepBytes) {
-          const uint64_t m = std::min(kStepBytes, n - step);
-          if (verify_) piece.crc = crc32c(from + at + step, m, piece.crc);
-          std::memcpy(buffer + step, from + at + step, m);
-        }
-        note(cudaMemcpyAsync(to + at, buffer, n, cudaMemcpyHostToDevice, stream_));
-        note(cudaEventRecord(events_[slot], stream_));
-        in_use[turn] = true;
-      }
-    }
-    if (before >= 0) cudaSetDevice(before);
+  void leave_thread() override {
+    if (before_ >= 0) cudaSetDevice(before_);
   }
+  bool send(size_t slot, void* to, const void* buffer, uint64_t nbytes) override {
+    return note(cudaMemcpyAsync(to, buffer, nbytes, cudaMemcpyHostToDevice, stream_)) &&
+           note(cudaEventRecord(sent_[slot], stream_));
+  }
+  bool wait(size_t slot) override { return note(cudaEventSynchronize(sent_[slot])); }
 
-  const char* device_;
+ private:
   const int index_;
   const cudaStream_t stream_;
-  const Upload* const uploads_;
-  const bool verify_;
-  std::vector<Piece> pieces_;
-  size_t n_lanes_ = 0;
-  void* buffers_ = nullptr;
-  std::vector<cudaEvent_t> events_;  // two to a lane
-  std::atomic<size_t> next_{0};
+  cudaEvent_t sent_[UploadRing::kSlots] = {};
   std::atomic<int> error_{cudaSuccess};
+  static thread_local int before_;
 };
+
+thread_local int CudaTransport::before_ = -1;
 
 class CudaDevice final : public Device {
  public:
@@ -292,9 +204,18 @@ class CudaDevice final : public Device {
   }
   Error upload_all(const Upload* uploads, size_t n, bool verify, size_t* damaged) override {
     const DeviceScope scope(*this);
-    Uploader uploader(name(), index_, stream_, uploads, n, verify);
-    const Error error = uploader.run();
-    *damaged = error == Error::Ok ? uploader.first_damaged(n) : n;
+    UploadRing ring(uploads, n, verify);
+    *damaged = n;
+    if (ring.buffer_bytes() == 0) return Error::Ok;
+    CudaTransport transport(index_, stream_);
+    void* buffers = nullptr;
+    if (transport.note(cudaHostAlloc(&buffers, ring.buffer_bytes(), cudaHostAllocDefault)) &&
+        transport.error() == cudaSuccess)
+      ring.run(buffers, transport);
+    transport.note(cudaStreamSynchronize(stream_));  // before the buffers go away
+    cudaFreeHost(buffers);
+    const Error error = check("uploading constants", transport.error());
+    if (error == Error::Ok && verify) *damaged = ring.first_damaged();
     return error;
   }
   Error synchronize() override {

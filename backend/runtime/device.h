@@ -69,8 +69,9 @@ class Device {
   virtual executorch::runtime::Error download_async(void* host, const void* from, size_t nbytes) {
     return download(host, from, nbytes);
   }
-  /// All of them, as fast as the bus goes; `verify` compares checksums on the way. *damaged: the
-  /// first of another checksum, n where there is none.
+  /// All of them, as fast as the bus goes; `verify` compares checksums on the way. Destinations
+  /// ascend within one allocation, and what is between them may be written, too. *damaged: the first
+  /// of another checksum, n where there is none.
   virtual executorch::runtime::Error upload_all(const Upload* uploads, size_t n, bool verify,
                                                 size_t* damaged);
   /// Waits for everything queued; an error of any of it comes out here at the latest.

@@ -3,6 +3,7 @@
 #include <executorch/runtime/kernel/kernel_runtime_context.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <fstream>
 #include <memory>
@@ -24,6 +25,7 @@
 #include "runtime/shared_activation.h"
 #include "runtime/temp_arena.h"
 #include "runtime/tensor_bridge.h"
+#include "runtime/upload_ring.h"
 
 using namespace cuda_int4;
 using executorch::runtime::Error;
@@ -313,23 +315,102 @@ void test_temp_arena_settles() {
   CHECK(arena.allocate(8, 3) == nullptr);
 }
 
-// ---- what a method remembers ----
+// ---- upload ----
 
-/// What an upload does: a piece hashed in steps, and the pieces joined.
-void test_checksum_in_steps() {
+void test_checksums_join() {
   std::vector<uint8_t> bytes(kChecksumPieceBytes + 100003);
   for (size_t i = 0; i < bytes.size(); ++i) bytes[i] = uint8_t((i * 2654435761u) >> 13);
   std::vector<uint32_t> crcs;
   for (size_t at = 0; at < bytes.size(); at += kChecksumPieceBytes) {
     const size_t n = std::min<size_t>(kChecksumPieceBytes, bytes.size() - at);
-    crcs.push_back(0);
-    for (size_t step = 0; step < n; step += 262144)
-      crcs.back() =
-          crc32c(bytes.data() + at + step, std::min<size_t>(262144, n - step), crcs.back());
-    CHECK(crcs.back() == crc32c(bytes.data() + at, n));
+    crcs.push_back(crc32c(bytes.data() + at, n));
+    for (size_t first : {size_t(0), size_t(1), n / 3, n})
+      CHECK(crc32c_join(crc32c(bytes.data() + at, first),
+                        crc32c(bytes.data() + at + first, n - first), n - first) == crcs.back());
   }
   CHECK(checksum_of_pieces(crcs.data(), crcs.size()) == checksum(bytes.data(), bytes.size()));
 }
+
+/// Sends by copying late, as a bus would: a buffer filled again too early is noticed.
+struct LateTransport final : UploadTransport {
+  struct Pending {
+    void* to = nullptr;
+    const void* buffer;
+    uint64_t nbytes;
+  } pending[UploadRing::kSlots];
+  std::atomic<int> n_sent{0};
+  int fail_at = -1;
+  bool enter_thread() override { return true; }
+  void leave_thread() override {}
+  void arrive(size_t slot) {
+    Pending& one = pending[slot];
+    if (one.to != nullptr) std::memcpy(one.to, one.buffer, one.nbytes);
+    one.to = nullptr;
+  }
+  bool send(size_t slot, void* to, const void* buffer, uint64_t nbytes) override {
+    pending[slot] = {to, buffer, nbytes};
+    return n_sent++ != fail_at;
+  }
+  bool wait(size_t slot) override { return arrive(slot), true; }
+};
+
+void test_upload_ring() {
+  // Sizes around the borders of units, chunks and pieces, with gaps between, more than the ring holds.
+  std::vector<uint64_t> sizes = {1,
+                                 256,
+                                 0,
+                                 UploadRing::kUnitBytes,
+                                 UploadRing::kUnitBytes - 1,
+                                 UploadRing::kChunkBytes + 1,
+                                 77,
+                                 kChecksumPieceBytes * 2,
+                                 kChecksumPieceBytes * 9 + 12345,
+                                 3};
+  for (int i = 0; i < 300; ++i) sizes.push_back(uint64_t(i) * 997 % 50000);
+  std::vector<std::vector<uint8_t>> sources;
+  std::vector<Upload> uploads;
+  uint64_t total = 0;
+  for (uint64_t n : sizes) {
+    sources.emplace_back(n);
+    for (size_t i = 0; i < n; ++i) sources.back()[i] = uint8_t(((i + total) * 2654435761u) >> 11);
+    total += (n + 255) / 256 * 256 + 256;
+  }
+  std::vector<uint8_t> to(total);
+  uint64_t at = 0;
+  for (const auto& source : sources) {
+    uploads.push_back(
+        {to.data() + at, source.data(), source.size(), checksum(source.data(), source.size())});
+    at += (source.size() + 255) / 256 * 256 + 256;
+  }
+  for (size_t damaged : {uploads.size(), size_t(8), size_t(0), uploads.size() - 1}) {
+    const bool is_sound = damaged == uploads.size();
+    if (!is_sound) uploads[damaged].checksum ^= 1;
+    std::fill(to.begin(), to.end(), uint8_t(0));
+    UploadRing ring(uploads.data(), uploads.size(), true);
+    CHECK(ring.buffer_bytes() == UploadRing::kSlots * UploadRing::kChunkBytes);
+    std::vector<uint8_t> buffers(ring.buffer_bytes());
+    LateTransport transport;
+    CHECK(ring.run(buffers.data(), transport));
+    for (size_t slot = 0; slot < UploadRing::kSlots; ++slot) transport.arrive(slot);
+    CHECK(ring.first_damaged() == damaged);
+    for (size_t i = 0; i < uploads.size(); ++i)
+      CHECK(std::memcmp(uploads[i].to, uploads[i].from, uploads[i].nbytes) == 0);
+    if (!is_sound) uploads[damaged].checksum ^= 1;
+  }
+  for (int fail_at : {0, 3, 9}) {
+    UploadRing ring(uploads.data(), uploads.size(), false);
+    std::vector<uint8_t> buffers(ring.buffer_bytes());
+    LateTransport transport;
+    transport.fail_at = fail_at;
+    CHECK(!ring.run(buffers.data(), transport));
+  }
+  LateTransport transport;
+  UploadRing nothing(nullptr, 0, true);
+  CHECK(nothing.buffer_bytes() == 0 && nothing.run(nullptr, transport));
+  CHECK(nothing.first_damaged() == 0 && transport.n_sent == 0);
+}
+
+// ---- what a method remembers ----
 
 void test_settled_shapes_drop_the_oldest() {
   SettledShapes shapes;
@@ -426,7 +507,8 @@ int main() {
   test_an_empty_tensor_of_any_sizes();
   test_seal();
   test_temp_arena_settles();
-  test_checksum_in_steps();
+  test_checksums_join();
+  test_upload_ring();
   test_settled_shapes_drop_the_oldest();
   test_shared_activation_is_made_once();
   test_devices();
