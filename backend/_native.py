@@ -128,6 +128,7 @@ class AttentionArgs(ctypes.Structure):
         ("y", TensorView),
         ("scale", c_double),
         ("is_causal", ctypes.c_bool),
+        ("softcap", c_double),
     ]
 
 

@@ -7,7 +7,8 @@ memory planning needs.
 
     linear     y[..., n] = sum_k x[..., k] * w[n, k] + bias[n], w = (q - zero_point) * scale; what
                the parts look like in memory is set by ``layout_tag`` (layouts.py)
-    attention  softmax(q @ k.T * scale + mask) @ v; q [B, Hq, S, D], k and v [B, Hkv, T, D]
+    attention  softmax(q @ k.T * scale + mask) @ v; q [B, Hq, S, D], k and v [B, Hkv, T, D]; with a
+               softcap c above 0, scores become c * tanh(score / c) before the mask
     rms_norm   x / sqrt(mean(x^2) + eps) * weight over the last dimension
     silu       x * sigmoid(x)
 """
@@ -25,7 +26,8 @@ from . import _native
 _SCHEMAS = {
     "linear": "Tensor x, Tensor qdata, Tensor scale, Tensor? zero_point, Tensor? meta, "
     "Tensor? bias, int group_size, str layout_tag, str activation",
-    "attention": "Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool is_causal",
+    "attention": "Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool is_causal, "
+    "float softcap=0.0",
     "rms_norm": "Tensor x, Tensor? weight, float eps",
     "silu": "Tensor x",
 }
@@ -38,7 +40,7 @@ _TENSOR_ARGS = {
 }
 _OTHER_ARGS = {
     "linear": ("group_size", "layout_tag", "activation"),
-    "attention": ("scale", "is_causal"),
+    "attention": ("scale", "is_causal", "softcap"),
     "rms_norm": ("eps",),
     "silu": (),
 }
@@ -77,7 +79,8 @@ def _run(op: str, args: tuple, out: Tensor) -> Tensor:
     views = b"".join([_native.packed_view(tensor) for tensor in (*held, out)])
     kind = _STRUCTS[op]
     struct = kind.from_buffer_copy(views.ljust(ctypes.sizeof(kind), b"\0"))
-    for name, value in zip(_OTHER_ARGS[op], args[n_tensors:], strict=True):
+    # The dispatcher leaves a default out: 0, as in the struct.
+    for name, value in zip(_OTHER_ARGS[op], args[n_tensors:], strict=False):
         setattr(struct, name, value.encode() if isinstance(value, str) else value)
     if not out.is_cuda:
         # No scratch: the op takes its own from the heap.

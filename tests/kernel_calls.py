@@ -76,12 +76,14 @@ def attention(
     *,
     scale: float,
     is_causal: bool = False,
+    softcap: float = 0.0,
     isa: str = "scalar",
 ) -> Tensor:
     """Output of cuda_int4::attention."""
     y, guard = poisoned(tuple(q.shape), q.dtype)
     views = [_native.tensor_view(t) for t in (q, k, v, mask, y)]
-    return finish("attention", _native.AttentionArgs(*views, scale, is_causal), isa, y, guard)
+    args = _native.AttentionArgs(*views, scale, is_causal, softcap)
+    return finish("attention", args, isa, y, guard)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, isa: str = "scalar") -> Tensor:

@@ -20,10 +20,12 @@ def randn(*shape, dtype=torch.float32, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def exact_attention(q, k, v, mask=None, *, scale, is_causal=False):
+def exact_attention(q, k, v, mask=None, *, scale, is_causal=False, softcap=0.0):
     rep = q.shape[1] // k.shape[1]
     k, v = (t.double().repeat_interleave(rep, 1) for t in (k, v))
     scores = q.double() @ k.transpose(-1, -2) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
     if is_causal:
@@ -60,6 +62,22 @@ def test_attention_is_within_one_rounding(B, Hq, Hkv, S, T, D, kind, isa):
         y = kernel_calls.attention(q, k, v, mask, isa=isa, **keywords)
         exact = exact_attention(q, k, v, mask, **keywords)
         assert_rounded_once(y, exact)
+
+
+@pytest.mark.parametrize("softcap", [0.7, 50.0])
+def test_a_soft_cap_comes_before_the_mask(softcap, isa):
+    for dtype in FLOATS:
+        q, k, v = (
+            randn(*shape, dtype=dtype, seed=i)
+            for i, shape in enumerate([(2, 4, 5, 20), (2, 2, 33, 20), (2, 2, 33, 20)])
+        )
+        mask = randn(5, 33, dtype=dtype, seed=3) * 3
+        keywords = {"scale": 1.5, "softcap": softcap}
+        y = kernel_calls.attention(q, k, v, mask, isa=isa, **keywords)
+        exact = exact_attention(q, k, v, mask, **keywords)
+        assert_rounded_once(y, exact)
+        uncapped = exact_attention(q, k, v, mask, scale=1.5)
+        assert (exact - uncapped).norm() > 0.02 * exact.norm()  # it makes a difference
 
 
 def test_attention_reads_strided_heads_and_a_cache_longer_than_the_context(isa):

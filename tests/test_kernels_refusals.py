@@ -247,11 +247,13 @@ def test_an_isa_that_is_not_there():
 
 
 def test_the_other_ops():
-    def attention(q=(1, 4, 3, 8), k=(1, 2, 5, 8), v=None, mask=None, v_dtype=None, scale=1.0):
+    def attention(
+        q=(1, 4, 3, 8), k=(1, 2, 5, 8), v=None, mask=None, v_dtype=None, scale=1.0, softcap=0.0
+    ):
         q, k, v = torch.zeros(q), torch.zeros(k), torch.zeros(v or k, dtype=v_dtype)
         tensors = (q, k, v, mask, torch.zeros(q.shape))
         views = [_native.tensor_view(t) for t in tensors]
-        return kernel_calls.run("attention", _native.AttentionArgs(*views, scale, False))
+        return kernel_calls.run("attention", _native.AttentionArgs(*views, scale, False, softcap))
 
     def rms_norm(x=(2, 8), weight=(8,), y=(2, 8), eps=1e-5):
         views = [_native.tensor_view(torch.zeros(shape)) for shape in (x, weight, y)]
@@ -271,6 +273,8 @@ def test_the_other_ops():
         attention(mask=torch.zeros(3, 4)),
         attention(mask=torch.zeros(3, 5, dtype=torch.float64)),
         attention(scale=float("nan")),
+        attention(softcap=-1.0),
+        attention(softcap=float("nan")),
         rms_norm(weight=(9,)),
         rms_norm(y=(2, 9)),
         rms_norm(x=(), y=()),
@@ -299,6 +303,8 @@ cuda_int4::attention: expected mask that broadcasts to [1, 4, 3, 5], got [3, 4];
 cuda_int4::attention: expected mask of dtype bool or float32, got float64; pass a bool or
     additive mask that broadcasts to [B, Hq, S, T]
 cuda_int4::attention: expected a finite scale, got nan; the usual one is 1/sqrt(D)
+cuda_int4::attention: expected softcap 0 (none) or between 1e-30 and 1e30, got -1; fix the call
+cuda_int4::attention: expected softcap 0 (none) or between 1e-30 and 1e30, got nan; fix the call
 cuda_int4::rms_norm: expected weight of shape [8], got [9]; pass a contiguous weight of shape
     [D]
 cuda_int4::rms_norm: expected y of shape [2, 8], got [2, 9]; allocate a contiguous y like x

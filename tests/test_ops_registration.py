@@ -42,10 +42,10 @@ cuda_int4::linear(Tensor x, Tensor qdata, Tensor scale, Tensor? zero_point, Tens
 cuda_int4::linear.out(Tensor x, Tensor qdata, Tensor scale, Tensor? zero_point, Tensor? meta,
     Tensor? bias, int group_size, str layout_tag, str activation, *, Tensor(a!) out) ->
     Tensor(a!)
-cuda_int4::attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool is_causal) ->
-    Tensor
+cuda_int4::attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool is_causal,
+    float softcap=0.) -> Tensor
 cuda_int4::attention.out(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool
-    is_causal, *, Tensor(a!) out) -> Tensor(a!)
+    is_causal, float softcap=0., *, Tensor(a!) out) -> Tensor(a!)
 cuda_int4::rms_norm(Tensor x, Tensor? weight, float eps) -> Tensor
 cuda_int4::rms_norm.out(Tensor x, Tensor? weight, float eps, *, Tensor(a!) out) -> Tensor(a!)
 cuda_int4::silu(Tensor x) -> Tensor

@@ -74,6 +74,7 @@ cpu::AttentionJob make_job(const AttentionArgs& args) {
   job.Hkv = args.k.sizes[1];
   job.T = args.k.sizes[2];
   job.scale = static_cast<float>(args.scale);
+  job.softcap = static_cast<float>(args.softcap);
   for (int d = 0; d < 3; ++d) {
     job.q_strides[d] = args.q.strides[d];
     job.k_strides[d] = args.k.strides[d];
@@ -122,6 +123,12 @@ Status validate_attention(const AttentionArgs& args) {
     return error(StatusCode::kInvalidArgument,
                  "%s: expected a finite scale, got %f; the usual one is 1/sqrt(D)", kOp,
                  args.scale);
+  }
+  // Written so that NaN fails; a float32 must hold it and its inverse.
+  if (!(args.softcap == 0 || (args.softcap >= 1e-30 && args.softcap <= 1e30))) {
+    return error(StatusCode::kInvalidArgument,
+                 "%s: expected softcap 0 (none) or between 1e-30 and 1e30, got %g; fix the call",
+                 kOp, args.softcap);
   }
   return check_mask(args);
 }

@@ -41,7 +41,8 @@ Status linear(const LinearArgs& args, const ExecutionContext& context);
 uint64_t quantized_activation_bytes(int64_t M, int64_t K);
 Status quantize_activation(const TensorView& x, void* to, const ExecutionContext& context);
 
-// y = softmax(q @ k.T * scale + mask) @ v, accumulated in float32.
+// y = softmax(cap(q @ k.T * scale) + mask) @ v, accumulated in float32; cap(s) is s, or with a softcap
+// above 0 softcap * tanh(s / softcap).
 // q [B, Hq, S, D]; k, v [B, Hkv, T, D] with Hq % Hkv == 0 (grouped queries); y [B, Hq, S, D].
 // float16 | bfloat16 | float32, the last dimension contiguous, other strides free (y contiguous).
 struct AttentionArgs {
@@ -50,6 +51,7 @@ struct AttentionArgs {
   TensorView y;
   double scale;
   bool is_causal;  // query s sees keys 0..s
+  double softcap;  // 0: none
 };
 Status validate_attention(const AttentionArgs& args);
 uint64_t attention_scratch_bytes(const AttentionArgs& args, DeviceKind device);

@@ -16,6 +16,7 @@ from .pack_weights import PackWeightsPass
 from .resolve_attention import ResolveAttentionPass
 from .resolve_dim_order import ResolveDimOrderPass
 from .resolve_int4_linear import ResolveInt4LinearPass
+from .resolve_plain_attention import ResolvePlainAttentionPass
 from .resolve_rms_norm import ResolveRmsNormPass
 from .resolve_silu import ResolveSiluPass
 from .widen_index_put import WidenIndexPutPass
@@ -27,6 +28,7 @@ __all__ = [
     "ResolveAttentionPass",
     "ResolveDimOrderPass",
     "ResolveInt4LinearPass",
+    "ResolvePlainAttentionPass",
     "ResolveRmsNormPass",
     "ResolveSiluPass",
     "WidenIndexPutPass",
@@ -50,6 +52,7 @@ def ordered_passes(layout: str, activation: str) -> list[ExportedProgramPassBase
         # Free of the others and of each other; they stand behind the passes that can refuse a
         # model, so that a refusal costs least.
         ResolveAttentionPass(),
+        ResolvePlainAttentionPass(),
         ResolveRmsNormPass(),
         ResolveSiluPass(),
         WidenIndexPutPass(),

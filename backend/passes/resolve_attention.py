@@ -22,7 +22,8 @@ from .graph import (
 )
 
 aten = torch.ops.aten
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_HEAD_DIM = 512  # of the kernels of every device
 _COPIES = (
     "aten::clone",
     "aten::alias_copy",
@@ -51,10 +52,10 @@ class ResolveAttentionPass(ExportedProgramPassBase):
                     continue
                 q, k, v, mask, _, is_causal, scale, _ = args_of(node)
                 if scale is None:
-                    scale = 1.0 / math.sqrt(_shape(q)[-1])
+                    scale = 1.0 / math.sqrt(shape_of(q)[-1])
                 repeated = [k, v]
-                k, v = _before_repeat(k), _before_repeat(v)
-                if _shape(k)[1] != _shape(v)[1]:
+                k, v = before_repeat(k), before_repeat(v)
+                if shape_of(k)[1] != shape_of(v)[1]:
                     k, v = repeated
                 attention = call_like(
                     exported_program,
@@ -73,17 +74,19 @@ class ResolveAttentionPass(ExportedProgramPassBase):
 def refusal(node: Node) -> str | None:
     """Why our kernel cannot compute this attention; None: it can."""
     q, k, v, mask, dropout, is_causal, _, enable_gqa = args_of(node)
-    shapes = [_shape(tensor) for tensor in (q, k, v)]
+    shapes = [shape_of(tensor) for tensor in (q, k, v)]
     if dropout != 0:
         return f"expected dropout_p == 0, got {dropout}"
     if any(len(shape) != 4 for shape in shapes):
         return f"expected q, k and v of 4 dimensions, got {[len(s) for s in shapes]}"
     dtypes = {tensor.meta["val"].dtype for tensor in (q, k, v)}
-    if len(dtypes) != 1 or not dtypes <= set(_DTYPES):
+    if len(dtypes) != 1 or not dtypes <= set(DTYPES):
         return f"expected one of float16, bfloat16, float32 for q, k and v, got {dtypes}"
     (B, Hq, _, D), (Bk, Hk, T, Dk), (Bv, Hv, Tv, Dv) = shapes
-    if not all(map(_equal, (B, B, D, D, T, Hk), (Bk, Bv, Dk, Dv, Tv, Hv))):
+    if not all(map(equal, (B, B, D, D, T, Hk), (Bk, Bv, Dk, Dv, Tv, Hv))):
         return f"expected k and v of one shape, and q of its batch and head size, got {shapes}"
+    if not statically_known_true(D <= MAX_HEAD_DIM):
+        return f"expected a head size of at most {MAX_HEAD_DIM}, got {D}"
     if not isinstance(Hq, int) or not isinstance(Hk, int) or Hq % Hk:
         return f"expected query heads that are a multiple of key heads, got {Hq} and {Hk}"
     if Hq != Hk and not enable_gqa:
@@ -97,7 +100,7 @@ def refusal(node: Node) -> str | None:
     return None
 
 
-def _before_repeat(node: Node) -> Node:
+def before_repeat(node: Node) -> Node:
     """[B, Hkv, T, D] of which ``node`` [B, Hkv * n, T, D] repeats each head n times, or itself."""
     view = node
     while op_name(view) in _COPIES:
@@ -114,22 +117,24 @@ def _before_repeat(node: Node) -> Node:
         return node
     assert isinstance(unsqueeze, Node) and isinstance(expand, Node)
     source, dim = args_of(unsqueeze)
-    B, H, *rest = _shape(source)
-    n = _shape(expand)[2] if len(_shape(expand)) == 5 else 0
+    B, H, *rest = shape_of(source)
+    n = shape_of(expand)[2] if len(shape_of(expand)) == 5 else 0
     matches = (
         dim % 5 == 2
         and len(rest) == 2
         and isinstance(n, int)
-        and len(_shape(node)) == 4
-        and all(map(_equal, _shape(expand), [B, H, n, *rest]))
-        and all(map(_equal, _shape(node), [B, H * n, *rest]))
+        and len(shape_of(node)) == 4
+        and all(map(equal, shape_of(expand), [B, H, n, *rest]))
+        and all(map(equal, shape_of(node), [B, H * n, *rest]))
     )
     return source if matches else node
 
 
-def _equal(a: object, b: object) -> bool:
+def equal(a: object, b: object) -> bool:
+    """Whether two sizes, symbolic ones too, are surely equal."""
     return statically_known_true(a == b)  # type: ignore[arg-type]
 
 
-def _shape(node: Node) -> list:
+def shape_of(node: Node) -> list:
+    """The shape of a node's value."""
     return list(node.meta["val"].shape)

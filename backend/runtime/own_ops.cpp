@@ -70,9 +70,10 @@ void linear_out(KernelRuntimeContext& context, Span<EValue*> stack) {
          run_op(context, args, &validate_linear, &linear_scratch_bytes, &linear, stack[0]));
 }
 
-// attention(q, k, v, mask?, scale, is_causal, *, out)
+// attention(q, k, v, mask?, scale, is_causal, softcap, *, out); files of version 0.1 have no softcap
 void attention_out(KernelRuntimeContext& context, Span<EValue*> stack) {
-  OpArguments a("attention.out", stack, 7);
+  const bool has_softcap = stack.size() != 7;
+  OpArguments a("attention.out", stack, has_softcap ? 8 : 7);
   AttentionArgs args{};
   args.q = a.tensor(0);
   args.k = a.tensor(1);
@@ -80,7 +81,8 @@ void attention_out(KernelRuntimeContext& context, Span<EValue*> stack) {
   args.mask = a.optional_tensor(3);
   args.scale = a.number(4);
   args.is_causal = a.boolean(5);
-  args.y = a.out(6, args.q);
+  if (has_softcap) args.softcap = a.number(6);
+  args.y = a.out(has_softcap ? 7 : 6, args.q);
   if (a.error() != Error::Ok) return context.fail(a.error());
   finish(context, run_op(context, args, &validate_attention, &attention_scratch_bytes, &attention));
 }

@@ -11,7 +11,7 @@ using namespace cuda_int4;
 int main() {
   PRINT(TensorView, strides);
   PRINT(LinearArgs, name);
-  PRINT(AttentionArgs, is_causal);
+  PRINT(AttentionArgs, softcap);
   PRINT(RmsNormArgs, eps);
   PRINT(SiluArgs, y);
   PRINT(cuda_int4_model_options, cuda_stream);

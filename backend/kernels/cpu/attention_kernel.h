@@ -1,4 +1,4 @@
-// attention for one instruction set S -- y = softmax(q @ k.T * scale + mask) @ v
+// attention for one instruction set S -- y = softmax(cap(q @ k.T * scale) + mask) @ v
 //
 //   operand  dtype            shape             order in memory
 //   q        f16, bf16, f32   [B, Hq, S, D]     last dimension contiguous
@@ -54,6 +54,10 @@ static float mask_term(const AttentionJob& job, int64_t b, int64_t h, int64_t s,
     return static_cast<const uint8_t*>(job.mask)[at] != 0 ? 0.f : kMinusInfinity;
   }
   return to_float(static_cast<const T*>(job.mask)[at]);
+}
+
+static inline float capped(float score, float softcap) {
+  return softcap == 0.f ? score : softcap * std::tanh(score / softcap);
 }
 
 // Turns row r's scores into exp(score - top) and rescales what was summed under the old top.
@@ -117,7 +121,8 @@ static void attention_rows(const AttentionJob& job, int64_t b, int64_t hkv, int6
         for (int64_t d = 0; d < D_pad; d += S::kLanes) {
           dot = S::fma(S::load(q + d), S::load(state.tile + t * D_pad + d), dot);
         }
-        state.scores[r][t] = S::sum(dot) * job.scale + mask_term<T>(job, b, h, s, t0 + t);
+        const float score = capped(S::sum(dot) * job.scale, job.softcap);
+        state.scores[r][t] = score + mask_term<T>(job, b, h, s, t0 + t);
       }
       softmax_step<S>(&state, r, D_pad);
     }

@@ -51,6 +51,7 @@ struct AttentionJob {
   int64_t q_strides[3], k_strides[3], v_strides[3];  // of [B, H, S or T]; that of D is 1
   int64_t mask_strides[4];                           // of [B, Hq, S, T]; 0 where broadcast
   float scale;
+  float softcap;  // 0: none
 };
 
 struct RmsNormJob {

@@ -26,6 +26,7 @@ AttentionKernelArgs make_kernel_args(const AttentionArgs& args) {
   p.Hkv = args.k.sizes[1];
   p.T = args.k.sizes[2];
   p.scale = static_cast<float>(args.scale);
+  p.softcap = static_cast<float>(args.softcap);
   for (int d = 0; d < 3; ++d) {
     p.q_strides[d] = args.q.strides[d];
     p.k_strides[d] = args.k.strides[d];

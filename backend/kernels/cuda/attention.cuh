@@ -27,6 +27,7 @@ struct AttentionKernelArgs {  // device pointers; sizes and strides in elements
       v_strides[3];         // of [B, H, S or T]; that of D is 1
   int64_t mask_strides[4];  // 0 where broadcast
   float scale;
+  float softcap;  // 0: none
 };
 
 constexpr int64_t kMaxCudaHeadDim = 512;

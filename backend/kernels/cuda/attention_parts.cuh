@@ -3,10 +3,17 @@
 
 #include "attention.cuh"
 #include "numeric.cuh"
+#include "ptx.cuh"
 
 namespace cuda_int4 {
 
 constexpr float kLog2E = 1.4426950408889634f;
+
+// softcap * tanh(score / softcap), off by at most 2e-7 * softcap (the instruction for tanh: 5e-4).
+__device__ __forceinline__ float soft_capped(float score, float softcap) {
+  const float e2x = ex2_approx(score * (2.f * kLog2E / softcap));
+  return softcap - __fdividef(2.f * softcap, 1.f + e2x);
+}
 
 // Key 0 of the mask of row (b, h, s); nullptr without a mask.
 template <typename T>

@@ -1,4 +1,4 @@
-// attention_rows -- y = softmax(q @ k.T * scale + mask) @ v, one warp to a
+// attention_rows -- y = softmax(cap(q @ k.T * scale) + mask) @ v, one warp to a
 // query row
 //
 //   operand  dtype            shape             order in memory align q f16,
@@ -88,7 +88,9 @@ __global__ void __launch_bounds__(32 * kWarps) attention_rows_kernel(AttentionKe
         float new_top = top;
 #pragma unroll
         for (int i = 0; i < kKeys; ++i) {
-          score[i] = warp_sum(score[i]) * p.scale + __shfl_sync(0xffffffffu, added, at[i]);
+          score[i] = warp_sum(score[i]) * p.scale;
+          if (p.softcap != 0.f) score[i] = p.softcap * tanhf(score[i] / p.softcap);
+          score[i] += __shfl_sync(0xffffffffu, added, at[i]);
           if (i < n_keys) new_top = fmaxf(new_top, score[i]);
         }
         const float reference = new_top == -INFINITY ? 0.f : new_top;  // not inf - inf

@@ -1,4 +1,4 @@
-// attention_split -- y = softmax(q @ k.T * scale + mask) @ v for few queries on a long cache
+// attention_split -- y = softmax(cap(q @ k.T * scale) + mask) @ v for few queries on a long cache
 //
 //   operand  dtype           shape             order in memory                           align
 //   q, k, v  f16 | bf16      [B, H, S|T, D]    last dimension contiguous, strides % 8    16 B
@@ -7,10 +7,11 @@
 //   scratch  f32             sums [B*Hq*S, n_splits, D], then (top, sum) [B*Hq*S, n_splits, 2]
 //
 // Requires  D % 8 == 0, D <= 512, S <= kMaxQueries   (checked by fits_attention_split)
-// Grid      (item, split) blocks of (32, n_warps) threads; an item is kRows query rows of one key
-//           head (b, hkv), counted over all the query heads that share it. Warp w of split i takes the
-//           16-key tiles (n * n_splits + i) * n_warps + w: any stretch of keys is spread over all
-//           warps. A second kernel adds the splits up, one block to a row.
+// Grid      (item, split) blocks of up to 4 warps; an item is kRows query rows of one key head
+//           (b, hkv), counted over all the query heads that share it. A group of kParts warps takes
+//           16-key tiles, each warp 128 columns of them: n_groups * split + group, and so on in steps
+//           of all groups, so that any stretch of keys is spread over the machine. A second kernel
+//           adds the splits up. Both are launched as dependents
 // Bytes     keys and values once per item. The mask of a tile is looked at first: keys that no row of
 //           the item sees are not read, so a cache costs what is seen of it
 // Numerics  scores, softmax and sums in fp32; exp(score - top) is rounded to the dtype for the
@@ -24,6 +25,7 @@
 
 #include "attention.cuh"
 #include "attention_parts.cuh"
+#include "launch_dependent.cuh"
 #include "numeric.cuh"
 #include "ptx.cuh"
 
@@ -31,16 +33,17 @@ namespace cuda_int4 {
 
 namespace {
 
-constexpr int kTileKeys = 16;    // mma_m of the scores, mma_k of the sums
-constexpr int kStages = 3;       // tiles of a warp in flight or in use
-constexpr int kChunkTiles = 32;  // tiles whose mask is looked at together, one to a lane
-constexpr int kMaxQueries = 32;
-constexpr int kMaxWarps = 4;
-constexpr int kMaxSplits = 256;
-constexpr int kCombineThreads = 256;
+constexpr int kTileKeys = 16;      // mma_m of the scores, mma_k of the sums
+constexpr int kStages = 3;         // tiles of a warp in flight or in use
+constexpr int kMaxWarps = 4;       // of a block
+constexpr int kMaxQueries = 32;    // S
+constexpr int kMaskEntries = 256;  // (tile, mask row) pairs whose bits a warp holds
+constexpr int kMaxSplits = 128;
+constexpr int kCombineWarps = 8;
+constexpr int kCombineColumns = 128;  // of a block: 4 to a lane
 
 struct SplitPlan {
-  int n_splits, n_row_blocks, n_warps;
+  int n_splits, n_row_blocks, n_groups;
   float* sums;    // [B*Hq*S, n_splits, D]
   float2* stats;  // [B*Hq*S, n_splits]: top in units of log2, sum of exp2(score - top)
 };
@@ -50,20 +53,31 @@ struct RowMask {       // of one query row
   int bits_row;        // whose bits are its own
 };
 
-// One warp's shared memory, and the block's queries.
-template <int kD, int kRows>
-struct SplitShared {
-  static constexpr int kPitch = kD + 8;  // elements; rows fall on different banks for ldmatrix
+// Shared memory: the queries, a table of masks, what warps tell each other, and the tiles, bits and at
+// last the sums of each warp.
+template <int kD_, int kRowTiles_>
+struct SplitShape {
+  static constexpr int kD = kD_, kRowTiles = kRowTiles_, kRows = 8 * kRowTiles;
+  static constexpr int kParts = kD <= 128 ? 1 : kD / 128;  // warps that share a tile
+  static constexpr int kColumns = kD / kParts;             // of each
+  static constexpr int kQueryPitch = kD + 8;  // elements; rows fall on different banks for ldmatrix
+  static constexpr int kPitch = kColumns + 8;
   static constexpr int kTileElems = kTileKeys * kPitch;
-  static constexpr int kQueryBytes = kRows * kPitch * 2;
-  static constexpr int kTableBytes = kRows * sizeof(RowMask);
+  static constexpr int kSumPitch = kColumns + 4;         // floats
+  static constexpr bool kHoldsQueries = kRowTiles == 1;  // in registers
+  static constexpr int kQueryBytes = kRows * kQueryPitch * 2;
+  // Scores of a group's warps, twice for each group; they take the queries' place where those are in
+  // registers.
+  static constexpr int kTurnBytes = kParts == 1 ? 0 : kParts * kRowTiles * 32 * 16;
+  static constexpr int kTurnsBytes = 2 * (kMaxWarps / kParts) * kTurnBytes;
+  static constexpr int kTableBytes = kRows * static_cast<int>(sizeof(RowMask));
+  static constexpr int kBlockBytes = kQueryBytes + (kHoldsQueries ? 0 : kTurnsBytes) + kTableBytes;
   static constexpr int kRingBytes = kStages * 2 * kTileElems * 2;
-  static constexpr int kBitsBytes = kChunkTiles * kMaxQueries * 2;
-  static constexpr int kWarpBytes = kRingBytes + kBitsBytes;
-  static constexpr int kBlockBytes = kQueryBytes + kTableBytes;  // and kWarpBytes a warp
-  static constexpr int kSumPitch = kD + 4;  // floats, for the sums that take the ring's place
+  static constexpr int kWarpBytes = kRingBytes + kMaskEntries * 2;
+  static_assert(!kHoldsQueries || kTurnsBytes <= kQueryBytes, "scores fit where queries were");
   static_assert(kRows <= kMaxQueries, "the bits of every row have a place");
   static_assert(kRows * kSumPitch * 4 <= kRingBytes, "the sums fit where the tiles were");
+  static_assert(kRows * 8 <= kMaskEntries * 2, "top and sum of rows fit where the bits were");
 };
 
 // Which mask row a query row reads: 0 for all, s, or the row's own number in its block.
@@ -81,70 +95,87 @@ struct MaskRows {
   }
 };
 
-// 16 keys and values from k and v on; those whose bit is 0 become zeros and are not read. A lane
-// keeps its place d within rows and goes down them.
-template <typename T, int kD>
+// The warp's columns of 16 keys and values, from k and v on; keys whose bit is 0 become zeros and are
+// not read. A lane keeps its place d within rows and goes down them; columns from n_columns on are 0.
+template <typename T, typename Shape>
 __device__ __forceinline__ void load_tile(const T* k, const T* v, int64_t k_stride,
-                                          int64_t v_stride, int D, uint32_t bits, uint32_t tile) {
-  using Shared = SplitShared<kD, 8>;
-  constexpr int kLanesPerRow = kD / 8 < 32 ? kD / 8 : 32;  // 16 bytes each
+                                          int64_t v_stride, int n_columns, uint32_t bits,
+                                          uint32_t tile) {
+  constexpr int kLanesPerRow = Shape::kColumns / 8;  // 16 bytes each
   constexpr int kKeysPerStep = 32 / kLanesPerRow;
   const int first_key = threadIdx.x / kLanesPerRow, d = threadIdx.x % kLanesPerRow * 8;
   k += first_key * k_stride + d;
   v += first_key * v_stride + d;
-  bits >>= first_key;
-  tile += (first_key * Shared::kPitch + d) * 2;
+  bits = d < n_columns ? bits >> first_key : 0;
+  tile += (first_key * Shape::kPitch + d) * 2;
 #pragma unroll
   for (int key = 0; key < kTileKeys; key += kKeysPerStep) {
-#pragma unroll
-    for (int more = 0; more < kD; more += kLanesPerRow * 8) {
-      const bool copy = (bits >> key & 1) != 0 && d + more < D;
-      const uint32_t to = tile + (key * Shared::kPitch + more) * 2;
-      cp_async_16_or_zero(to, k + more, copy);
-      cp_async_16_or_zero(to + Shared::kTileElems * 2, v + more, copy);
-    }
+    const bool copy = (bits >> key & 1) != 0;
+    cp_async_16_or_zero(tile + key * Shape::kPitch * 2, k, copy);
+    cp_async_16_or_zero(tile + (Shape::kTileElems + key * Shape::kPitch) * 2, v, copy);
     k += kKeysPerStep * k_stride;
     v += kKeysPerStep * v_stride;
   }
 }
 
-// scores[keys g, g + 8][rows 8n + 2c, 8n + 2c + 1] of lane (g, c) = (lane / 4, lane % 4).
-template <typename T, int kD, int kRowTiles>
-__device__ __forceinline__ void mma_scores(uint32_t k_tile, uint32_t queries,
-                                           float (&scores)[kRowTiles][4]) {
-  using Shared = SplitShared<kD, 8 * kRowTiles>;
-  const int lane = threadIdx.x;
-  const uint32_t k_at = k_tile + (lane % 16 * Shared::kPitch + lane / 16 * 8) * 2;
+// The warp's columns of the queries, as fragments; empty where they stay in shared memory.
+template <typename Shape>
+struct Queries {
+  uint32_t frag[Shape::kHoldsQueries ? Shape::kColumns / 16 : 1][2];
+  uint32_t shared;  // address of the warp's first column
+
+  __device__ explicit Queries(uint32_t shared) : shared(shared) {
+    if constexpr (Shape::kHoldsQueries) {
+      const int lane = threadIdx.x;
+      const uint32_t at = shared + (lane % 8 * Shape::kQueryPitch + lane / 8 * 8) * 2;
 #pragma unroll
-  for (int n = 0; n < kRowTiles; ++n) {
+      for (int i = 0; i < Shape::kColumns / 16; i += 2) {
+        uint32_t q[4];
+        ldmatrix_x4(q, at + i * 32);
+        frag[i][0] = q[0];
+        frag[i][1] = q[1];
+        frag[i + 1][0] = q[2];
+        frag[i + 1][1] = q[3];
+      }
+    }
+  }
+};
+
+// scores[keys g, g + 8][rows 8n + 2c, 8n + 2c + 1] of lane (g, c) = (lane / 4, lane % 4), summed over
+// the warp's columns.
+template <typename T, typename Shape>
+__device__ __forceinline__ void mma_scores(uint32_t k_tile, const Queries<Shape>& queries,
+                                           float (&scores)[Shape::kRowTiles][4]) {
+  const int lane = threadIdx.x;
+  const uint32_t k_at = k_tile + (lane % 16 * Shape::kPitch + lane / 16 * 8) * 2;
+#pragma unroll
+  for (int n = 0; n < Shape::kRowTiles; ++n) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) scores[n][i] = 0.f;
   }
-  if constexpr (kRowTiles == 1) {  // two sums, so that one product does not wait for the last
-    const uint32_t q_at = queries + (lane % 8 * Shared::kPitch + lane / 8 * 8) * 2;
+  if constexpr (Shape::kHoldsQueries) {  // two sums, so that one product does not wait for the last
     float odd[4] = {};
 #pragma unroll
-    for (int d = 0; d < kD; d += 32) {
-      uint32_t k0[4], k1[4], q[4];
-      ldmatrix_x4(q, q_at + d * 2);
-      ldmatrix_x4(k0, k_at + d * 2);
-      ldmatrix_x4(k1, k_at + d * 2 + 32);
-      mma_m16n8k16(scores[0], k0, {q[0], q[1]}, T{});
-      mma_m16n8k16(odd, k1, {q[2], q[3]}, T{});
+    for (int i = 0; i < Shape::kColumns / 16; i += 2) {
+      uint32_t k0[4], k1[4];
+      ldmatrix_x4(k0, k_at + i * 32);
+      ldmatrix_x4(k1, k_at + i * 32 + 32);
+      mma_m16n8k16(scores[0], k0, queries.frag[i], T{});
+      mma_m16n8k16(odd, k1, queries.frag[i + 1], T{});
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) scores[0][i] += odd[i];
   } else {
     const uint32_t q_at =
-        queries + ((lane % 8 + lane / 16 * 8) * Shared::kPitch + lane / 8 % 2 * 8) * 2;
+        queries.shared + ((lane % 8 + lane / 16 * 8) * Shape::kQueryPitch + lane / 8 % 2 * 8) * 2;
 #pragma unroll
-    for (int d = 0; d < kD; d += 16) {
+    for (int d = 0; d < Shape::kColumns; d += 16) {
       uint32_t k[4];
       ldmatrix_x4(k, k_at + d * 2);
 #pragma unroll
-      for (int n = 0; n < kRowTiles; n += 2) {
+      for (int n = 0; n < Shape::kRowTiles; n += 2) {
         uint32_t q[4];
-        ldmatrix_x4(q, q_at + (n * 8 * Shared::kPitch + d) * 2);
+        ldmatrix_x4(q, q_at + (n * 8 * Shape::kQueryPitch + d) * 2);
         mma_m16n8k16(scores[n], k, {q[0], q[1]}, T{});
         mma_m16n8k16(scores[n + 1], k, {q[2], q[3]}, T{});
       }
@@ -152,20 +183,48 @@ __device__ __forceinline__ void mma_scores(uint32_t k_tile, uint32_t queries,
   }
 }
 
-// sums[d = 16m + g, g + 8][rows] += v.T @ p.T
-template <typename T, int kD, int kRowTiles>
-__device__ __forceinline__ void mma_sums(uint32_t v_tile, const uint32_t (&p)[kRowTiles][2],
-                                         float (&sums)[kRowTiles][kD / 16][4]) {
-  using Shared = SplitShared<kD, 8 * kRowTiles>;
+// Adds up the scores of the group's warps, in their order, in all of them.
+template <typename Shape>
+__device__ __forceinline__ void add_parts(float4* turn, int part, int group,
+                                          float (&scores)[Shape::kRowTiles][4]) {
+  const int lane = threadIdx.x;
+#pragma unroll
+  for (int n = 0; n < Shape::kRowTiles; ++n) {
+    turn[(part * Shape::kRowTiles + n) * 32 + lane] = {scores[n][0], scores[n][1], scores[n][2],
+                                                       scores[n][3]};
+  }
+  bar_sync(1 + group, 32 * Shape::kParts);
+#pragma unroll
+  for (int n = 0; n < Shape::kRowTiles; ++n) {
+    float4 sum = turn[n * 32 + lane];
+#pragma unroll
+    for (int other = 1; other < Shape::kParts; ++other) {
+      const float4 more = turn[(other * Shape::kRowTiles + n) * 32 + lane];
+      sum.x += more.x;
+      sum.y += more.y;
+      sum.z += more.z;
+      sum.w += more.w;
+    }
+    scores[n][0] = sum.x;
+    scores[n][1] = sum.y;
+    scores[n][2] = sum.z;
+    scores[n][3] = sum.w;
+  }
+}
+
+// sums[column 16m + g, g + 8][rows] += v.T @ p.T
+template <typename T, typename Shape>
+__device__ __forceinline__ void mma_sums(uint32_t v_tile, const uint32_t (&p)[Shape::kRowTiles][2],
+                                         float (&sums)[Shape::kRowTiles][Shape::kColumns / 16][4]) {
   const int lane = threadIdx.x;
   const uint32_t v_at =
-      v_tile + ((lane % 8 + lane / 16 * 8) * Shared::kPitch + lane / 8 % 2 * 8) * 2;
+      v_tile + ((lane % 8 + lane / 16 * 8) * Shape::kPitch + lane / 8 % 2 * 8) * 2;
 #pragma unroll
-  for (int m = 0; m < kD / 16; ++m) {
+  for (int m = 0; m < Shape::kColumns / 16; ++m) {
     uint32_t v[4];
     ldmatrix_x4_trans(v, v_at + m * 32);
 #pragma unroll
-    for (int n = 0; n < kRowTiles; ++n) mma_m16n8k16(sums[n][m], v, p[n], T{});
+    for (int n = 0; n < Shape::kRowTiles; ++n) mma_m16n8k16(sums[n][m], v, p[n], T{});
   }
 }
 
@@ -185,59 +244,60 @@ __device__ __forceinline__ float sum_over_keys(float value) {
   return value;
 }
 
-// The sums of the block's warps, rescaled to the highest top, to scratch or, with one split, to y.
-template <typename T, int kD, int kRows>
-__device__ void merge_warps(const AttentionKernelArgs& p, const SplitPlan& plan, char* warps,
-                            int64_t first_row, int n_rows, int split) {
-  using Shared = SplitShared<kD, kRows>;
-  constexpr int kVectors = kD / 4;
-  const int n_warps = blockDim.y, D = static_cast<int>(p.D);
-  for (int i = threadIdx.y * 32 + threadIdx.x; i < n_rows * kVectors; i += n_warps * 32) {
-    const int row = i / kVectors, d = i % kVectors * 4;
-    float top = -INFINITY, sum_p = 0.f, total[4] = {};
-    for (int w = 0; w < n_warps; ++w) {
-      const auto* stats =
-          reinterpret_cast<const float2*>(warps + w * Shared::kWarpBytes + Shared::kRingBytes);
-      top = fmaxf(top, stats[row].x);
+// Four sums over the sum of the probabilities, as elements of y.
+template <typename T>
+__device__ __forceinline__ void store_row(T* y, const float4& sums, float sum_p) {
+  const float factor = sum_p == 0.f ? 0.f : 1.f / sum_p;
+  *reinterpret_cast<uint2*>(y) = {pack_pair<T>(sums.x * factor, sums.y * factor),
+                                  pack_pair<T>(sums.z * factor, sums.w * factor)};
+}
+
+// The sums of the block's groups, rescaled to the highest top, to scratch or, with one split, to y.
+template <typename T, typename Shape>
+__device__ __forceinline__ void merge_groups(const AttentionKernelArgs& p, const SplitPlan& plan,
+                                             const char* warps, int64_t first_row, int n_rows,
+                                             int split) {
+  constexpr int kVectors = Shape::kD / 4;
+  const int D = static_cast<int>(p.D), tid = threadIdx.y * 32 + threadIdx.x;
+  for (int i = tid; i < n_rows * kVectors; i += blockDim.y * 32) {
+    const int row = i / kVectors, d = i % kVectors * 4, part = d / Shape::kColumns;
+    if (d >= D) continue;
+    float top = -INFINITY, sum_p = 0.f;
+    float4 total = {};
+    const char* warp = warps + part * Shape::kWarpBytes;
+    for (int g = 0; g < plan.n_groups; ++g, warp += Shape::kParts * Shape::kWarpBytes) {
+      top = fmaxf(top, reinterpret_cast<const float2*>(warp + Shape::kRingBytes)[row].x);
     }
-    for (int w = 0; w < n_warps; ++w) {
-      const char* warp = warps + w * Shared::kWarpBytes;
-      const float2 stats = reinterpret_cast<const float2*>(warp + Shared::kRingBytes)[row];
-      if (stats.y == 0.f) continue;  // that warp saw nothing
+    warp = warps + part * Shape::kWarpBytes;
+    for (int g = 0; g < plan.n_groups; ++g, warp += Shape::kParts * Shape::kWarpBytes) {
+      const float2 stats = reinterpret_cast<const float2*>(warp + Shape::kRingBytes)[row];
       const float weight = ex2_approx(stats.x - (top == -INFINITY ? 0.f : top));
-      const float4 sums =
-          *reinterpret_cast<const float4*>(warp + (row * Shared::kSumPitch + d) * 4);
+      const float4 sums = *reinterpret_cast<const float4*>(
+          warp + (row * Shape::kSumPitch + d % Shape::kColumns) * 4);
       sum_p += weight * stats.y;
-      total[0] += weight * sums.x;
-      total[1] += weight * sums.y;
-      total[2] += weight * sums.z;
-      total[3] += weight * sums.w;
+      total.x += weight * sums.x;
+      total.y += weight * sums.y;
+      total.z += weight * sums.z;
+      total.w += weight * sums.w;
     }
     if (plan.n_splits == 1) {
-      const float factor = sum_p == 0.f ? 0.f : 1.f / sum_p;
-      if (d < D) {
-        const uint2 out = {pack_pair<T>(total[0] * factor, total[1] * factor),
-                           pack_pair<T>(total[2] * factor, total[3] * factor)};
-        *reinterpret_cast<uint2*>(static_cast<T*>(p.y) + (first_row + row) * D + d) = out;
-      }
+      store_row<T>(static_cast<T*>(p.y) + (first_row + row) * D + d, total, sum_p);
     } else {
       const int64_t at = (first_row + row) * plan.n_splits + split;
       if (d == 0) plan.stats[at] = {top, sum_p};
-      if (d < D && sum_p != 0.f) {
-        *reinterpret_cast<float4*>(plan.sums + at * D + d) = {total[0], total[1], total[2],
-                                                              total[3]};
-      }
+      *reinterpret_cast<float4*>(plan.sums + at * D + d) = total;
     }
   }
 }
 
-template <typename T, int kD, int kRowTiles>
+template <typename T, typename Shape>
 __global__ void __launch_bounds__(32 * kMaxWarps)
     attention_split_kernel(AttentionKernelArgs p, SplitPlan plan) {
-  constexpr int kRows = 8 * kRowTiles;
-  using Shared = SplitShared<kD, kRows>;
+  constexpr int kRowTiles = Shape::kRowTiles, kRows = Shape::kRows, kColumns = Shape::kColumns;
   extern __shared__ __align__(16) char shared[];
-  const int lane = threadIdx.x, warp = threadIdx.y, n_warps = blockDim.y;
+  griddepcontrol_launch_dependents();  // the combine kernel waits for the end of this one
+  const int lane = threadIdx.x, warp = threadIdx.y;
+  const int group = warp / Shape::kParts, part = warp % Shape::kParts;
   const int S = static_cast<int>(p.S), D = static_cast<int>(p.D);
   const int split = static_cast<int>(blockIdx.x) % plan.n_splits;
   const int item = static_cast<int>(blockIdx.x) / plan.n_splits;
@@ -247,89 +307,99 @@ __global__ void __launch_bounds__(32 * kMaxWarps)
   const int rep = static_cast<int>(p.Hq / p.Hkv);
   const int n_rows = min(kRows, rep * S - row_begin);
 
-  char* warps = shared + Shared::kQueryBytes + Shared::kTableBytes;
-  char* own = warps + warp * Shared::kWarpBytes;
-  const uint32_t queries = shared_address(shared), ring = shared_address(own);
-  auto* row_table = reinterpret_cast<RowMask*>(shared + Shared::kQueryBytes);
-  auto* bits = reinterpret_cast<uint16_t*>(own + Shared::kRingBytes);  // [kChunkTiles][mask rows]
+  char* warps = shared + Shape::kBlockBytes;
+  char* own = warps + warp * Shape::kWarpBytes;
+  const uint32_t ring = shared_address(own);
+  auto* bits = reinterpret_cast<uint16_t*>(own + Shape::kRingBytes);  // [tile][mask row]
+  auto* row_table = reinterpret_cast<RowMask*>(shared + Shape::kBlockBytes - Shape::kTableBytes);
+  auto* turns = reinterpret_cast<float4*>(shared + (Shape::kHoldsQueries ? 0 : Shape::kQueryBytes));
+  const MaskRows mask_rows(p, n_rows);
+  if (warp == 0 && lane < kRows) {
+    const int row = min(lane, n_rows - 1), r = row_begin + row;
+    row_table[lane] = {find_mask_row<T>(p, b, h_kv * rep + r / S, r % S), mask_rows.of(row, r % S)};
+  }
 
-  for (int i = warp * 32 + lane; i < kRows * (kD / 8); i += n_warps * 32) {
-    const int row = i / (kD / 8), d = i % (kD / 8) * 8, r = row_begin + row;
-    const bool copy = row < n_rows && d < D;
+  griddepcontrol_wait();
+  for (int row = warp; row < kRows; row += blockDim.y) {
+    const int r = row_begin + row;
     const T* q = static_cast<const T*>(p.q);
-    if (copy)
-      q += b * p.q_strides[0] + (h_kv * rep + r / S) * p.q_strides[1] + r % S * p.q_strides[2] + d;
-    cp_async_16_or_zero(queries + (row * Shared::kPitch + d) * 2, q, copy);
+    if (row < n_rows) {
+      q += b * p.q_strides[0] + (h_kv * rep + r / S) * p.q_strides[1] + r % S * p.q_strides[2];
+    }
+    for (int d = lane * 8; d < Shape::kD; d += 256) {
+      cp_async_16_or_zero(shared_address(shared) + (row * Shape::kQueryPitch + d) * 2, q + d,
+                          row < n_rows && d < D);
+    }
   }
   cp_async_commit();
 
-  const T* k = static_cast<const T*>(p.k) + b * p.k_strides[0] + h_kv * p.k_strides[1];
-  const T* v = static_cast<const T*>(p.v) + b * p.v_strides[0] + h_kv * p.v_strides[1];
-  const MaskRows mask_rows(p, n_rows);
+  const int first_column = part * kColumns;
+  const T* k =
+      static_cast<const T*>(p.k) + b * p.k_strides[0] + h_kv * p.k_strides[1] + first_column;
+  const T* v =
+      static_cast<const T*>(p.v) + b * p.v_strides[0] + h_kv * p.v_strides[1] + first_column;
   const bool adds_mask = p.mask != nullptr && !p.mask_is_bool;
-  const float scale = p.scale * kLog2E;
-
-  if (warp == 0 && lane < kRows) {
-    const int r = row_begin + min(lane, n_rows - 1);
-    row_table[lane] = {find_mask_row<T>(p, b, h_kv * rep + r / S, r % S),
-                       mask_rows.of(min(lane, n_rows - 1), r % S)};
-  }
-
-  // Of this lane's two rows in each row tile:
-  float top[kRowTiles][2], sum_p[kRowTiles][2], sums[kRowTiles][kD / 16][4];
-#pragma unroll
-  for (int n = 0; n < kRowTiles; ++n) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      top[n][i] = -INFINITY;
-      sum_p[n][i] = 0.f;
-    }
-#pragma unroll
-    for (int m = 0; m < kD / 16; ++m) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) sums[n][m][i] = 0.f;
-    }
-  }
-
+  const float scale = p.scale * kLog2E, softcap = p.softcap * kLog2E;
   const int64_t end = p.is_causal && p.S < p.T ? p.S : p.T;
   const int64_t n_tiles = (end + kTileKeys - 1) / kTileKeys;
-  const int64_t tile_step = int64_t{plan.n_splits} * n_warps;
-  int64_t first_tile = int64_t{split} * n_warps + warp;
-  bool is_first_chunk = true;
-  do {
-    // Lane i looks at tile i of the chunk.
-    const int64_t own_tile = first_tile + lane * tile_step;
+  const int64_t tile_step = int64_t{plan.n_splits} * plan.n_groups;
+  const int chunk_tiles = min(32, kMaskEntries / mask_rows.count);
+  int64_t first_tile = int64_t{split} * plan.n_groups + group;
+
+  // Lane i looks at tile i of the chunk: which of its keys any row sees.
+  const auto look_at_masks = [&] {
+    const int64_t tile = first_tile + lane * tile_step;
     uint32_t any_row = 0;
-    if (own_tile < n_tiles) {
+    if (tile < n_tiles && lane < chunk_tiles) {
       for (int u = 0; u < mask_rows.count; ++u) {
         const int r = row_begin + u;  // only where each row has its own mask
         const int s = mask_rows.by_row ? r % S : mask_rows.by_query ? u : 0;
         const int h = h_kv * rep + (mask_rows.by_row ? r / S : 0);
         const uint32_t seen =
-            seen_keys<T, kTileKeys>(p, find_mask_row<T>(p, b, h, s), s, own_tile * kTileKeys);
+            seen_keys<T, kTileKeys>(p, find_mask_row<T>(p, b, h, s), s, tile * kTileKeys);
         bits[lane * mask_rows.count + u] = static_cast<uint16_t>(seen);
         any_row |= seen;
       }
     }
     __syncwarp();
-    uint32_t to_do = __ballot_sync(0xffffffffu, any_row != 0), to_load = to_do;
-    const auto load_next = [&](int stage) {
-      if (to_load != 0) {
-        const int i = __ffs(static_cast<int>(to_load)) - 1;
-        to_load &= to_load - 1;
-        const int64_t t0 = (first_tile + i * tile_step) * kTileKeys;
-        load_tile<T, kD>(k + t0 * p.k_strides[2], v + t0 * p.v_strides[2], p.k_strides[2],
-                         p.v_strides[2], D, __shfl_sync(0xffffffffu, any_row, i),
-                         ring + stage * 2 * Shared::kTileElems * 2);
-      }
-      cp_async_commit();  // an empty group too: the count of groups is the count of calls
-    };
-    for (int stage = 0; stage < kStages - 1; ++stage) load_next(stage);
-    if (is_first_chunk) {
-      cp_async_wait<kStages - 1>();  // the queries
-      __syncthreads();
-      is_first_chunk = false;
+    return any_row;
+  };
+  uint32_t any_row = look_at_masks();
+  uint32_t to_do = __ballot_sync(0xffffffffu, any_row != 0), to_load = to_do;
+  const auto load_next = [&](int stage) {
+    if (to_load != 0) {
+      const int i = __ffs(static_cast<int>(to_load)) - 1;
+      to_load &= to_load - 1;
+      const int64_t t0 = (first_tile + i * tile_step) * kTileKeys;
+      load_tile<T, Shape>(k + t0 * p.k_strides[2], v + t0 * p.v_strides[2], p.k_strides[2],
+                          p.v_strides[2], D - first_column, __shfl_sync(0xffffffffu, any_row, i),
+                          ring + stage * 2 * Shape::kTileElems * 2);
     }
+    cp_async_commit();  // an empty group too: the count of groups is the count of calls
+  };
+  const auto load_first = [&] {
+    for (int stage = 0; stage < kStages - 1; ++stage) load_next(stage);
+  };
+  load_first();
+
+  float top[kRowTiles][2], sum_p[kRowTiles][2], sums[kRowTiles][kColumns / 16][4];
+#pragma unroll
+  for (int n = 0; n < kRowTiles; ++n) {
+    top[n][0] = top[n][1] = -INFINITY;
+    sum_p[n][0] = sum_p[n][1] = 0.f;
+#pragma unroll
+    for (int m = 0; m < kColumns / 16; ++m) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums[n][m][i] = 0.f;
+    }
+  }
+  cp_async_wait<kStages - 1>();
+  __syncthreads();
+  const Queries<Shape> queries(shared_address(shared) + first_column * 2);
+  if (Shape::kHoldsQueries && Shape::kParts > 1) __syncthreads();  // scores go there from now on
+
+  int turn = 0;
+  while (true) {
     for (int stage = 0; to_do != 0; stage = stage == kStages - 1 ? 0 : stage + 1) {
       const int i = __ffs(static_cast<int>(to_do)) - 1;
       to_do &= to_do - 1;
@@ -356,9 +426,15 @@ __global__ void __launch_bounds__(32 * kMaxWarps)
       cp_async_wait<kStages - 1>();
       __syncwarp();
 
-      const uint32_t k_tile = ring + stage * 2 * Shared::kTileElems * 2;
+      const uint32_t k_tile = ring + stage * 2 * Shape::kTileElems * 2;
       float scores[kRowTiles][4];
-      mma_scores<T, kD, kRowTiles>(k_tile, queries, scores);
+      mma_scores<T, Shape>(k_tile, queries, scores);
+      if constexpr (Shape::kParts > 1) {
+        // Two places in turn: nobody writes again before all have read.
+        add_parts<Shape>(turns + (group * 2 + turn) * (Shape::kTurnBytes / 16), part, group,
+                         scores);
+        turn ^= 1;
+      }
       uint32_t probabilities[kRowTiles][2];
 #pragma unroll
       for (int n = 0; n < kRowTiles; ++n) {
@@ -366,8 +442,14 @@ __global__ void __launch_bounds__(32 * kMaxWarps)
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           float* score = &scores[n][j];  // [0] at key g, [2] at key g + 8
-          score[0] = (seen[n][j] & 1) != 0 ? score[0] * scale + added[n][j] : -INFINITY;
-          score[2] = (seen[n][j] & 0x100) != 0 ? score[2] * scale + added[n][2 + j] : -INFINITY;
+          score[0] *= scale;
+          score[2] *= scale;
+          if (softcap != 0.f) {
+            score[0] = soft_capped(score[0], softcap);
+            score[2] = soft_capped(score[2], softcap);
+          }
+          score[0] = (seen[n][j] & 1) != 0 ? score[0] + added[n][j] : -INFINITY;
+          score[2] = (seen[n][j] & 0x100) != 0 ? score[2] + added[n][2 + j] : -INFINITY;
           const float new_top = max_over_keys(fmaxf(top[n][j], fmaxf(score[0], score[2])));
           const float reference = new_top == -INFINITY ? 0.f : new_top;  // not inf - inf
           rescale[j] = ex2_approx(top[n][j] - reference);
@@ -378,7 +460,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps)
         }
         if (__any_sync(0xffffffffu, rescale[0] != 1.f || rescale[1] != 1.f)) {
 #pragma unroll
-          for (int m = 0; m < kD / 16; ++m) {
+          for (int m = 0; m < kColumns / 16; ++m) {
 #pragma unroll
             for (int j = 0; j < 4; ++j) sums[n][m][j] *= rescale[j % 2];
           }
@@ -386,16 +468,20 @@ __global__ void __launch_bounds__(32 * kMaxWarps)
         probabilities[n][0] = movmatrix_trans(pack_pair<T>(scores[n][0], scores[n][1]));
         probabilities[n][1] = movmatrix_trans(pack_pair<T>(scores[n][2], scores[n][3]));
       }
-      mma_sums<T, kD, kRowTiles>(k_tile + Shared::kTileElems * 2, probabilities, sums);
+      mma_sums<T, Shape>(k_tile + Shape::kTileElems * 2, probabilities, sums);
       __syncwarp();  // the next turn loads over this tile
     }
-    first_tile += kChunkTiles * tile_step;
-  } while (first_tile < n_tiles);
+    first_tile += chunk_tiles * tile_step;
+    if (first_tile >= n_tiles) break;
+    any_row = look_at_masks();
+    to_do = to_load = __ballot_sync(0xffffffffu, any_row != 0);
+    load_first();
+  }
   cp_async_wait<0>();
   __syncwarp();
 
   auto* own_sums = reinterpret_cast<float*>(own);
-  auto* own_stats = reinterpret_cast<float2*>(own + Shared::kRingBytes);
+  auto* own_stats = reinterpret_cast<float2*>(own + Shape::kRingBytes);
 #pragma unroll
   for (int n = 0; n < kRowTiles; ++n) {
 #pragma unroll
@@ -404,102 +490,112 @@ __global__ void __launch_bounds__(32 * kMaxWarps)
       const int row = 8 * n + lane % 4 * 2 + j;
       if (lane < 4) own_stats[row] = {top[n][j], total};
 #pragma unroll
-      for (int m = 0; m < kD / 16; ++m) {
-        own_sums[row * Shared::kSumPitch + 16 * m + lane / 4] = sums[n][m][j];
-        own_sums[row * Shared::kSumPitch + 16 * m + lane / 4 + 8] = sums[n][m][2 + j];
+      for (int m = 0; m < kColumns / 16; ++m) {
+        own_sums[row * Shape::kSumPitch + 16 * m + lane / 4] = sums[n][m][j];
+        own_sums[row * Shape::kSumPitch + 16 * m + lane / 4 + 8] = sums[n][m][2 + j];
       }
     }
   }
   __syncthreads();
-  merge_warps<T, kD, kRows>(p, plan, warps, int64_t{b_h} * rep * S + row_begin, n_rows, split);
+  merge_groups<T, Shape>(p, plan, warps, int64_t{b_h} * rep * S + row_begin, n_rows, split);
 }
 
-// y of one row from its splits.
+// y of kCombineColumns columns of a row from its splits; blocks (row, columns). Sums and stats are
+// asked for together: those of splits that saw nothing are 0.
 template <typename T>
-__global__ void __launch_bounds__(kCombineThreads)
+__global__ void __launch_bounds__(32 * kCombineWarps)
     attention_split_combine(AttentionKernelArgs p, SplitPlan plan) {
-  __shared__ float weights[kMaxSplits];
-  __shared__ float partial[kCombineThreads / 32];
-  __shared__ float4 group_sums[kCombineThreads];
-  const int tid = threadIdx.x, D = static_cast<int>(p.D), n_splits = plan.n_splits;
+  constexpr int kChunks = kMaxSplits / 32, kPerChunk = 32 / kCombineWarps;
+  __shared__ float4 warp_sums[kCombineWarps][32];
+  const int lane = threadIdx.x, warp = threadIdx.y;
+  const int D = static_cast<int>(p.D), n_splits = plan.n_splits;
   const int64_t row = blockIdx.x;
+  const int d = blockIdx.y * kCombineColumns + lane * 4;
+  griddepcontrol_wait();
 
-  const float2 stats =
-      tid < n_splits ? plan.stats[row * n_splits + tid] : make_float2(-INFINITY, 0.f);
-  float top = warp_max(stats.y != 0.f ? stats.x : -INFINITY);
-  if (tid % 32 == 0) partial[tid / 32] = top;
-  __syncthreads();
-  top = warp_max(partial[tid % (kCombineThreads / 32)]);
-  const float weight = stats.y != 0.f ? ex2_approx(stats.x - (top == -INFINITY ? 0.f : top)) : 0.f;
-  weights[tid] = weight;
-  const float share = warp_sum(weight * stats.y);
-  __syncthreads();
-  if (tid % 32 == 0) partial[tid / 32] = share;
-
-  const int n_vectors = D / 4, n_groups = min(kCombineThreads / n_vectors, n_splits);
-  const int group = tid / n_vectors, d = tid % n_vectors * 4;
-  float4 total = {};
-  if (group < n_groups) {
-#pragma unroll 4
-    for (int split = group; split < n_splits; split += n_groups) {
-      if (weights[split] == 0.f) continue;  // nothing was written there
-      const float4 sums =
-          *reinterpret_cast<const float4*>(plan.sums + (row * n_splits + split) * D + d);
-      total.x += weights[split] * sums.x;
-      total.y += weights[split] * sums.y;
-      total.z += weights[split] * sums.z;
-      total.w += weights[split] * sums.w;
-    }
-    group_sums[tid] = total;
-  }
-  __syncthreads();
-  if (tid >= n_vectors) return;
-  float sum_p = 0.f;
+  float2 stats[kChunks];  // of split 32 * chunk + lane
+  float4 sums[kChunks][kPerChunk];
 #pragma unroll
-  for (int w = 0; w < kCombineThreads / 32; ++w) sum_p += partial[w];
-  for (int g = 1; g < n_groups; ++g) {
-    const float4 sums = group_sums[g * n_vectors + tid];
-    total.x += sums.x;
-    total.y += sums.y;
-    total.z += sums.z;
-    total.w += sums.w;
+  for (int chunk = 0; chunk < kChunks; ++chunk) {
+    const int split = 32 * chunk + lane;
+    stats[chunk] = split < n_splits ? plan.stats[row * n_splits + split] : float2{-INFINITY, 0.f};
+#pragma unroll
+    for (int i = 0; i < kPerChunk; ++i) {
+      const int from = 32 * chunk + i * kCombineWarps + warp;
+      sums[chunk][i] = {};
+      if (from < n_splits && d < D) {
+        sums[chunk][i] =
+            *reinterpret_cast<const float4*>(plan.sums + (row * n_splits + from) * D + d);
+      }
+    }
   }
-  const float factor = sum_p == 0.f ? 0.f : 1.f / sum_p;
-  const uint2 out = {pack_pair<T>(total.x * factor, total.y * factor),
-                     pack_pair<T>(total.z * factor, total.w * factor)};
-  *reinterpret_cast<uint2*>(static_cast<T*>(p.y) + row * D + d) = out;
+  float top = -INFINITY;
+#pragma unroll
+  for (int chunk = 0; chunk < kChunks; ++chunk) top = fmaxf(top, stats[chunk].x);
+  top = warp_max(top);
+  const float reference = top == -INFINITY ? 0.f : top;
+  float sum_p = 0.f;
+  float4 total = {};
+#pragma unroll
+  for (int chunk = 0; chunk < kChunks; ++chunk) {
+    const float weight = ex2_approx(stats[chunk].x - reference);
+    sum_p += weight * stats[chunk].y;
+#pragma unroll
+    for (int i = 0; i < kPerChunk; ++i) {
+      const float w = __shfl_sync(0xffffffffu, weight, i * kCombineWarps + warp);
+      total.x += w * sums[chunk][i].x;
+      total.y += w * sums[chunk][i].y;
+      total.z += w * sums[chunk][i].z;
+      total.w += w * sums[chunk][i].w;
+    }
+  }
+  sum_p = warp_sum(sum_p);
+  warp_sums[warp][lane] = total;
+  __syncthreads();
+  if (warp != 0 || d >= D) return;
+#pragma unroll
+  for (int w = 1; w < kCombineWarps; ++w) {
+    total.x += warp_sums[w][lane].x;
+    total.y += warp_sums[w][lane].y;
+    total.z += warp_sums[w][lane].z;
+    total.w += warp_sums[w][lane].w;
+  }
+  store_row<T>(static_cast<T*>(p.y) + row * D + d, total, sum_p);
 }
 
 // ---- host ----
 
-// Query rows of an item for these sizes: more rows a pass where there are many, as registers allow.
-int choose_row_tiles(const AttentionKernelArgs& args) {
-  const int64_t rows = args.Hq / args.Hkv * args.S;
-  if (rows <= 8 || args.D > 256) return 1;
-  return args.D > 128 ? 2 : 4;
+// f(SplitShape) for the smallest kD that holds D, and 8 or 32 rows an item.
+template <typename F>
+auto with_shape(const AttentionKernelArgs& args, F f) {
+  const bool few = args.Hq / args.Hkv * args.S <= 8;
+  if (args.D <= 64) return few ? f(SplitShape<64, 1>{}) : f(SplitShape<64, 4>{});
+  if (args.D <= 128) return few ? f(SplitShape<128, 1>{}) : f(SplitShape<128, 4>{});
+  if (args.D <= 256) return few ? f(SplitShape<256, 1>{}) : f(SplitShape<256, 4>{});
+  return few ? f(SplitShape<512, 1>{}) : f(SplitShape<512, 4>{});
 }
 
-template <int kD, int kRowTiles>
+template <typename Shape>
 SplitPlan make_plan_of(const AttentionKernelArgs& args) {
-  using Shared = SplitShared<kD, 8 * kRowTiles>;
   SplitPlan plan = {};
   const int per_sm = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
   const int per_block = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   const int n_sms = device_attribute(cudaDevAttrMultiProcessorCount);
+  constexpr int kMostGroups = kMaxWarps / Shape::kParts;
+  constexpr int kGroupBytes = Shape::kParts * Shape::kWarpBytes;
   // Two blocks to a multiprocessor where they fit; 1 KB of each is the driver's.
   const int half = per_sm / 2 - 1024 < per_block ? per_sm / 2 - 1024 : per_block;
-  int n_warps = (half - Shared::kBlockBytes) / Shared::kWarpBytes;
-  int blocks_per_sm = 2;
-  if (n_warps < 1) {
-    n_warps = (per_block - Shared::kBlockBytes) / Shared::kWarpBytes;
+  int n_groups = (half - Shape::kBlockBytes) / kGroupBytes, blocks_per_sm = 2;
+  if (half < Shape::kBlockBytes + kGroupBytes) {
+    if (per_block < Shape::kBlockBytes + kGroupBytes) return plan;
+    n_groups = (per_block - Shape::kBlockBytes) / kGroupBytes;
     blocks_per_sm = 1;
   }
-  if (n_warps < 1) return plan;
-  plan.n_warps = n_warps < kMaxWarps ? n_warps : kMaxWarps;
-  const int64_t rows = args.Hq / args.Hkv * args.S, kRows = 8 * kRowTiles;
-  const int64_t n_row_blocks = (rows + kRows - 1) / kRows;
+  plan.n_groups = n_groups < kMostGroups ? n_groups : kMostGroups;
+  const int64_t rows = args.Hq / args.Hkv * args.S;
+  const int64_t n_row_blocks = (rows + Shape::kRows - 1) / Shape::kRows;
   const int64_t n_items = args.B * args.Hkv * n_row_blocks;
-  const int64_t block_keys = kTileKeys * plan.n_warps;
+  const int64_t block_keys = kTileKeys * plan.n_groups;
   int64_t n_splits = int64_t{blocks_per_sm} * n_sms / n_items;
   const int64_t most = (args.T + block_keys - 1) / block_keys;
   if (n_splits > most) n_splits = most;
@@ -509,44 +605,26 @@ SplitPlan make_plan_of(const AttentionKernelArgs& args) {
   return plan;
 }
 
-template <typename T, int kD, int kRowTiles>
+template <typename T, typename Shape>
 cudaError_t launch(const AttentionKernelArgs& args, const SplitPlan& plan, cudaStream_t stream) {
-  using Shared = SplitShared<kD, 8 * kRowTiles>;
-  const int shared_bytes = Shared::kBlockBytes + plan.n_warps * Shared::kWarpBytes;
-  const auto kernel = attention_split_kernel<T, kD, kRowTiles>;
-  const cudaError_t code =
+  const int n_warps = plan.n_groups * Shape::kParts;
+  const int shared_bytes = Shape::kBlockBytes + n_warps * Shape::kWarpBytes;
+  const auto kernel = attention_split_kernel<T, Shape>;
+  cudaError_t code =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (code != cudaSuccess) return code;
   const int64_t n_blocks = args.B * args.Hkv * plan.n_row_blocks * plan.n_splits;
-  kernel<<<static_cast<unsigned>(n_blocks), dim3(32, plan.n_warps), shared_bytes, stream>>>(args,
-                                                                                            plan);
-  if (plan.n_splits > 1) {
-    const int64_t n_rows = args.B * args.Hq * args.S;
-    attention_split_combine<T>
-        <<<static_cast<unsigned>(n_rows), kCombineThreads, 0, stream>>>(args, plan);
-  }
-  return cudaGetLastError();
-}
-
-// f(Size<kD>, Size<kRowTiles>) for the smallest kD that holds D.
-template <int kValue>
-struct Size {
-  static constexpr int value = kValue;
-};
-
-template <typename F>
-auto with_sizes(const AttentionKernelArgs& args, F f) {
-  const int row_tiles = choose_row_tiles(args);
-  if (args.D <= 64) return row_tiles == 1 ? f(Size<64>{}, Size<1>{}) : f(Size<64>{}, Size<4>{});
-  if (args.D <= 128) return row_tiles == 1 ? f(Size<128>{}, Size<1>{}) : f(Size<128>{}, Size<4>{});
-  if (args.D <= 256) return row_tiles == 1 ? f(Size<256>{}, Size<1>{}) : f(Size<256>{}, Size<2>{});
-  return f(Size<512>{}, Size<1>{});
+  code = launch_dependent(kernel, static_cast<unsigned>(n_blocks), dim3(32, n_warps), shared_bytes,
+                          stream, args, plan);
+  if (code != cudaSuccess || plan.n_splits == 1) return code;
+  const dim3 grid(static_cast<unsigned>(args.B * args.Hq * args.S),
+                  static_cast<unsigned>((args.D + kCombineColumns - 1) / kCombineColumns));
+  return launch_dependent(attention_split_combine<T>, grid, dim3(32, kCombineWarps), 0, stream,
+                          args, plan);
 }
 
 SplitPlan make_plan(const AttentionKernelArgs& args) {
-  return with_sizes(args, [&](auto d, auto row_tiles) {
-    return make_plan_of<decltype(d)::value, decltype(row_tiles)::value>(args);
-  });
+  return with_shape(args, [&](auto shape) { return make_plan_of<decltype(shape)>(args); });
 }
 
 uint64_t sums_bytes(const AttentionKernelArgs& args, const SplitPlan& plan) {
@@ -554,11 +632,10 @@ uint64_t sums_bytes(const AttentionKernelArgs& args, const SplitPlan& plan) {
 }
 
 template <typename T>
-cudaError_t choose_sizes(const AttentionKernelArgs& args, const SplitPlan& plan,
-                         cudaStream_t stream) {
-  return with_sizes(args, [&](auto d, auto row_tiles) {
-    return launch<T, decltype(d)::value, decltype(row_tiles)::value>(args, plan, stream);
-  });
+cudaError_t launch_of_dtype(const AttentionKernelArgs& args, const SplitPlan& plan,
+                            cudaStream_t stream) {
+  return with_shape(args,
+                    [&](auto shape) { return launch<T, decltype(shape)>(args, plan, stream); });
 }
 
 }  // namespace
@@ -566,7 +643,7 @@ cudaError_t choose_sizes(const AttentionKernelArgs& args, const SplitPlan& plan,
 bool fits_attention_split(const AttentionKernelArgs& args) {
   constexpr int64_t kMaxBlocks = int64_t{1} << 30;
   return args.S <= kMaxQueries && is_tensor_core_ready(args) &&
-         args.B * args.Hq * args.S <= kMaxBlocks && make_plan(args).n_warps > 0;
+         args.B * args.Hq * args.S <= kMaxBlocks && make_plan(args).n_groups > 0;
 }
 
 uint64_t attention_split_scratch_bytes(const AttentionKernelArgs& args) {
@@ -580,8 +657,8 @@ cudaError_t launch_attention_split(const AttentionKernelArgs& args, cudaStream_t
   SplitPlan plan = make_plan(args);
   plan.sums = static_cast<float*>(args.scratch);
   plan.stats = reinterpret_cast<float2*>(static_cast<char*>(args.scratch) + sums_bytes(args, plan));
-  if (args.dtype == DType::kFloat16) return choose_sizes<__half>(args, plan, stream);
-  return choose_sizes<__nv_bfloat16>(args, plan, stream);
+  if (args.dtype == DType::kFloat16) return launch_of_dtype<__half>(args, plan, stream);
+  return launch_of_dtype<__nv_bfloat16>(args, plan, stream);
 }
 
 }  // namespace cuda_int4

@@ -1,4 +1,4 @@
-// attention_tiles -- y = softmax(q @ k.T * scale + mask) @ v for many queries, on tensor cores
+// attention_tiles -- y = softmax(cap(q @ k.T * scale) + mask) @ v for many queries, on tensor cores
 //
 //   operand  dtype           shape             order in memory                           align
 //   q, k, v  f16 | bf16      [B, H, S|T, D]    last dimension contiguous, strides % 8    16 B
@@ -334,7 +334,7 @@ __global__ void __launch_bounds__(Shape::kThreads)
   const T* v = static_cast<const T*>(p.v) + b * p.v_strides[0] + h_kv * p.v_strides[1];
   const uint32_t queries = shared_address(shared);
   const uint32_t tiles = queries + Shape::kBlockRows * Shape::kPitch * 2;
-  const float scale = p.scale * kLog2E;
+  const float scale = p.scale * kLog2E, softcap = p.softcap * kLog2E;
   const SeenTiles<Shape> seen_tiles(p, words, b, h, row_begin);
 
   const auto load_keys_and_values = [&](const SeenTile& tile, int buffer) {
@@ -387,6 +387,13 @@ __global__ void __launch_bounds__(Shape::kThreads)
       for (int n = 0; n < kKeys / 8; ++n) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) scores[r][n][i] *= scale;
+      }
+      if (softcap != 0.f) {
+#pragma unroll
+        for (int n = 0; n < kKeys / 8; ++n) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) scores[r][n][i] = soft_capped(scores[r][n][i], softcap);
+        }
       }
       if (!tile.all || tile.adds) {
         mask_scores<T, Shape>(p, seen_tiles, tile, b, h, row_begin + warp_row + 16 * r + lane / 4,
