@@ -353,13 +353,15 @@ def fill_in(options: argparse.Namespace) -> None:
     options.device = choose_device(options.device)
     on_cpu = options.device == "cpu"
     known = CPU_KERNELS if on_cpu else CUDA_KERNELS
-    options.kernels = options.kernels or known
-    unknown = [name for name in options.kernels if name not in known]
+    unknown = [name for name in options.kernels or () if name not in known]
     if unknown:
         raise ValueError(
             f"bench: expected kernels of the {options.device} ({', '.join(known)}), got "
             f"{', '.join(unknown)}; leave them out, or choose another --device"
         )
+    options.kernels = (
+        (options.kernels or known) if on_cpu else linear_cuda.kernels_here(options.kernels)
+    )
     if on_cpu and options.plot:
         raise ValueError("bench: --plot draws a GPU's results, got --device cpu; leave it out")
     if options.plot:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import importlib.util
 import itertools
 import statistics
 import sys
@@ -299,14 +300,19 @@ def matmul_ceiling() -> float:
     return 2 * 8192**3 / best_time_s(lambda: a @ b)
 
 
-def available(kernels: Sequence[str]) -> list[str]:
-    """The kernels that can run here; the others are named on stderr."""
-    import importlib.util
+def kernels_here(asked: Sequence[str] | None) -> list[str]:
+    """Those asked for, or all that are installed.
 
-    if "gemlite" in kernels and importlib.util.find_spec("gemlite") is None:
+    Raises:
+        ImportError: gemlite is asked for by name, and is not installed.
+    """
+    if importlib.util.find_spec("gemlite") is not None:
+        return list(asked or KERNELS)
+    if asked and "gemlite" in asked:
+        raise ImportError("bench: expected gemlite, which is not installed; pip install gemlite")
+    if not asked:
         print("gemlite is not installed: left out", file=sys.stderr)
-        kernels = [name for name in kernels if name != "gemlite"]
-    return list(kernels)
+    return [name for name in asked or KERNELS if name != "gemlite"]
 
 
 def run(options: argparse.Namespace, out: TextIO) -> bool:
@@ -315,7 +321,7 @@ def run(options: argparse.Namespace, out: TextIO) -> bool:
     l2_bytes = torch.cuda.get_device_properties().L2_cache_size
     rotate_bytes = options.rotate_mb << 20 if options.rotate_mb else int(ROTATE_L2S * l2_bytes)
     commit = options.commit or commit_id()
-    kernels = available(options.kernels)
+    kernels = options.kernels
     ceiling, compute = read_ceiling(), matmul_ceiling()
     for line in (
         f"# {gpu}, driver {driver_version()}, torch {torch.__version__}, "

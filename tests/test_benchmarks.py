@@ -92,6 +92,16 @@ plot: expected matplotlib, which is not installed; pip install matplotlib, or pi
     )
 
 
+def test_gemlite_is_left_out_unless_it_is_asked_for(monkeypatch, capsys):
+    linear_cuda = shipped_script("benchmarks/linear_cuda")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "gemlite" not in linear_cuda.kernels_here(None)
+    assert "left out" in capsys.readouterr().err
+    assert linear_cuda.kernels_here(["w4a16"]) == ["w4a16"]
+    with pytest.raises(ImportError, match="pip install gemlite"):
+        linear_cuda.kernels_here(["w4a16", "gemlite"])
+
+
 @pytest.mark.parametrize(
     ("main", "options", "words"),
     [
