@@ -70,9 +70,10 @@ void linear_out(KernelRuntimeContext& context, Span<EValue*> stack) {
          run_op(context, args, &validate_linear, &linear_scratch_bytes, &linear, stack[0]));
 }
 
-// attention(q, k, v, mask?, scale, is_causal, softcap, *, out); files of version 0.1 have no softcap
+// attention(q, k, v, mask?, scale, is_causal, softcap, *, out)
 void attention_out(KernelRuntimeContext& context, Span<EValue*> stack) {
-  const bool has_softcap = stack.size() != 7;
+  // In files from before the soft cap, argument 6 is out.
+  const bool has_softcap = stack.size() < 7 || stack[6] == nullptr || !stack[6]->isTensor();
   OpArguments a("attention.out", stack, has_softcap ? 8 : 7);
   AttentionArgs args{};
   args.q = a.tensor(0);
