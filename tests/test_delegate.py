@@ -305,6 +305,16 @@ def test_cuda_is_refused_where_there_is_none(linear):
             cuda_int4.load(linear[1], device=name)
 
 
+def test_what_a_device_has_done(linear):
+    loaded = cuda_int4.load(linear[1], device="cpu", cuda_graph=False)
+    loaded.forward(rows(1))
+    use = loaded.device_use()
+    assert use == cuda_int4.model.DeviceUse("cpu", 0, 0, 0, 0.0, 0, 0, 0)
+    loaded.close()
+    with pytest.raises(ValueError, match="expected an open model"):
+        loaded.device_use()
+
+
 def load_in_a_process(path, **environment):
     code = (
         "import sys; from cuda_int4._native import *; import ctypes; m = ctypes.c_void_p();"

@@ -64,6 +64,15 @@ int main(int argc, char** argv) {
   LoadBackendOptionsMap for_backends;
   CHECK(for_backends.set_options("CudaInt4Backend", options.view()) == Error::Ok);
 
+  for (const char* stream : {"", "0x10", "12 ", "-1", "99999999999999999999"}) {
+    BackendOptions<1> bad;
+    CHECK(bad.set_option("cuda_stream", stream) == Error::Ok);
+    LoadBackendOptionsMap bad_options;
+    CHECK(bad_options.set_options("CudaInt4Backend", bad.view()) == Error::Ok);
+    CHECK(program->load_method("forward", &manager, nullptr, nullptr, &bad_options).error() ==
+          Error::InvalidArgument);
+  }
+
   executorch::etdump::ETDumpGen tracer;
   auto method = program->load_method("forward", &manager, &tracer, nullptr, &for_backends);
   CHECK(method.ok());

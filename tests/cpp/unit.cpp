@@ -394,7 +394,7 @@ void test_upload_ring() {
     for (size_t slot = 0; slot < UploadRing::kSlots; ++slot) transport.arrive(slot);
     CHECK(ring.first_damaged() == damaged);
     for (size_t i = 0; i < uploads.size(); ++i)
-      CHECK(std::memcmp(uploads[i].to, uploads[i].from, uploads[i].nbytes) == 0);
+      CHECK(sizes[i] == 0 || std::memcmp(uploads[i].to, uploads[i].from, sizes[i]) == 0);
     if (!is_sound) uploads[damaged].checksum ^= 1;
   }
   for (int fail_at : {0, 3, 9}) {
