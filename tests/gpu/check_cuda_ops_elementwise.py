@@ -9,6 +9,8 @@ variable CHECK_DEVICE=cpu runs ExecuTorch's kernels on the same cases.
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -26,11 +28,15 @@ from check_cuda_ops_reduce import (
     MAX_PRINTED,
     Case,
     check_group,
+    lower,
     made,
     normal,
     special,
 )
 from torch import Tensor
+
+import cuda_int4
+from cuda_int4._native import CudaInt4Error
 
 BOOL = torch.bool
 ALL_FLOATS = (*FLOATS, DOUBLE)
@@ -188,9 +194,13 @@ def promotions() -> Iterator[Case]:
             exact = not (a.is_floating_point or b.is_floating_point)
             for shapes in (((4, 24), (4, 24)), ((4, 24), ()), ((5, 7), (1, 7))):
                 inputs = made(normal(*shapes[0], dtype=a), normal(*shapes[1], dtype=b))
+                if a == torch.uint8 and shapes[1] == ():  # torch would make 255 of -1
+                    inputs = made(normal(*shapes[0], dtype=a), ints(0, 4, dtype=b))
                 what = f"{shapes} {a} {b}"
-                yield Case(f"add {what}", torch.add, inputs, exact=exact)
-                yield Case(f"mul {what}", torch.mul, inputs, exact=exact)
+                # torch rounds an operand without dimensions to the dtype of the other.
+                roundings = 1.2 if shapes[1] else 4
+                yield Case(f"add {what}", torch.add, inputs, exact, roundings)
+                yield Case(f"mul {what}", torch.mul, inputs, exact, roundings)
                 yield Case(f"lt {what}", torch.lt, inputs, exact=True)
                 yield Case(f"where {what}", lambda x, y: torch.where(x > 0, x, y), inputs, True)
 
@@ -251,11 +261,12 @@ def unary() -> Iterator[Case]:
             "isinf": torch.isinf,
             "hardtanh": F.hardtanh,
             "logical_not": torch.logical_not,
-            "sqrt": torch.sqrt,
             "floor": torch.floor,
             "round": torch.round,
         }.items():
             yield Case(f"{name} of NaN and infinity {dtype}", op, odd, exact=True)
+        yield Case(f"sqrt of NaN and infinity {dtype}", torch.sqrt, odd)
+        yield Case(f"exp of NaN and infinity {dtype}", torch.exp, odd, roundings=2)
     large = made(lambda g: torch.tensor([1e5, -3e6, 1e10, 0.0, 123456.78]))
     yield Case("sin of large numbers", torch.sin, large)
     yield Case("cos of large numbers", torch.cos, large)
@@ -534,15 +545,86 @@ GROUPS: dict[str, Callable[[], Iterator[Case]]] = {
 }
 
 
+REFUSED: tuple[tuple[str, Callable, tuple[Tensor, Tensor], Tensor, str], ...] = (
+    (
+        "embedding past the end",
+        lambda w, i: F.embedding(i, w),
+        (torch.rand(20, 8), torch.tensor([3, 19])),
+        torch.tensor([3, 20]),
+        r"embedding.out: expected indices in 0\.\.19, got 20",
+    ),
+    (
+        "embedding before the start",
+        lambda w, i: F.embedding(i, w),
+        (torch.rand(20, 8), torch.tensor([3, 0])),
+        torch.tensor([3, -1]),
+        r"embedding.out: expected indices in 0\.\.19, got -1",
+    ),
+    (
+        "index",
+        lambda x, i: x[:, i],
+        (torch.rand(4, 6), torch.tensor([5, -6])),
+        torch.tensor([5, -7]),
+        r"index.Tensor_out: expected indices in 0\.\.5, got -7",
+    ),
+    (
+        "index_put",
+        lambda x, i: aten.index_put(x, [i], x[:2]),
+        (torch.rand(4, 6), torch.tensor([3, -4])),
+        torch.tensor([3, 4]),
+        r"index_put.*: expected indices in 0\.\.3, got 4",
+    ),
+    (
+        "scatter_add",
+        lambda x, i: x.scatter_add(0, i, x),
+        (torch.rand(4), torch.tensor([3, 0])),
+        torch.tensor([3, 4]),
+        r"scatter_add.out: expected indices in 0\.\.3, got 4",
+    ),
+    (
+        "remainder by 0",
+        torch.remainder,
+        (torch.arange(4), torch.tensor([3, 1, 2, -1])),
+        torch.tensor([3, 1, 0, 1]),
+        "remainder.*: expected divisors other than 0",
+    ),
+)
+
+
+def refusals(folder: Path, failures: list[str]) -> int:
+    """Inputs that no kernel can use are an error of the call, and of no later one."""
+    n_right = 0
+    for name, function, good, bad, expected in REFUSED:
+        case = Case(name, function, lambda g: ())
+        lower([case], [list(good)], folder / "refused.pte")
+        with cuda_int4.load(folder / "refused.pte", device="cuda") as model:
+            for _ in range(4):  # the last ones replay a CUDA graph
+                same = torch.equal(model.forward(*good)[0], function(*good))
+                try:
+                    model.forward(good[0], bad)
+                    message = "no error"
+                except CudaInt4Error as error:
+                    message = str(error)
+                if same and re.search(expected, message):
+                    n_right += 1
+                else:
+                    failures.append(f"{name}: right before {same}, then {message}")
+    return n_right
+
+
 def main() -> int:
     """Check, report."""
     n_right = 0
     all_failures: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
-        for name in sys.argv[1:] or list(GROUPS):
+        names = [*GROUPS, *([] if os.environ.get("CHECK_DEVICE") == "cpu" else ["refusals"])]
+        for name in sys.argv[1:] or names:
             failures: list[str] = []
-            cases = list(GROUPS[name]())
-            right = check_group(name, cases, Path(folder), failures)
+            cases = list(GROUPS[name]() if name in GROUPS else REFUSED)
+            if name in GROUPS:
+                right = check_group(name, cases, Path(folder), failures)
+            else:
+                right = refusals(Path(folder), failures)
             n_right += right
             all_failures += failures
             verdict = "ok" if not failures else "WRONG"

@@ -13,13 +13,16 @@
 // Numerics  bytes are moved as they are
 // Source    own
 //
-// fill -- to[i] = start + i * step, i the row-major index; computed in float64 or int64, rounded once
+// fill -- out[i] = start + i * step, i the row-major index, computed in float64 or int64 and rounded
+//         once; where step is 0 by units of up to 16 bytes
 //
 // tril -- out[..., i, j] = j - i <= diagonal ? x[..., i, j] : 0; a thread per element, both contiguous
 #include "copy.cuh"
 #include "elements.cuh"
+#include "launch_dependent.cuh"
 #include "launch_status.cuh"
 #include "loop_nest.cuh"
+#include "ptx.cuh"
 
 namespace cuda_int4 {
 
@@ -42,6 +45,8 @@ struct CopyParams {
 template <typename Unit, int kParts>
 __global__ void __launch_bounds__(kThreads)
     copy_kernel(const __grid_constant__ CopyParams<kParts> p) {
+  griddepcontrol_wait();
+  griddepcontrol_launch_dependents();
   const DevicePart& part = p.parts[kParts == 1 ? 0 : blockIdx.y];
   const uint32_t step = blockIdx.x * kThreads + threadIdx.x;
   if (step >= part.loop.n_steps) return;
@@ -159,8 +164,7 @@ cudaError_t launch_units(const LoopNest* nests, int n, cudaStream_t stream) {
     if (p.parts[i].loop.n_steps > most) most = p.parts[i].loop.n_steps;
   }
   const dim3 grid((most + kThreads - 1) / kThreads, static_cast<unsigned>(n));
-  copy_kernel<Unit, kParts><<<grid, kThreads, 0, stream>>>(p);
-  return cudaGetLastError();
+  return launch_dependent(copy_kernel<Unit, kParts>, grid, kThreads, 0, stream, p);
 }
 
 template <typename Unit>
@@ -193,10 +197,26 @@ cudaError_t launch_nests(LoopNest* nests, int n, int64_t bytes, cudaStream_t str
   }
 }
 
+struct SetParams {
+  DeviceLoop<1> loop;
+  char* out;
+  uint64_t bits[2];  // 16 bytes of the element again and again
+};
+
+template <typename Unit>
+__global__ void __launch_bounds__(kThreads) set_kernel(const __grid_constant__ SetParams p) {
+  griddepcontrol_wait();
+  griddepcontrol_launch_dependents();
+  const uint32_t step = blockIdx.x * kThreads + threadIdx.x;
+  if (step >= p.loop.n_steps) return;
+  int64_t offsets[1];
+  p.loop.offsets(step, offsets);
+  *reinterpret_cast<Unit*>(p.out + offsets[0]) = *reinterpret_cast<const Unit*>(p.bits);
+}
+
 struct FillParams {
   DeviceLoop<1> loop;
   char* out;
-  int64_t first;  // index of step 0
   Number start, step;
   DType dtype;
   int32_t n_bytes;
@@ -208,12 +228,11 @@ __global__ void __launch_bounds__(kThreads) fill_kernel(const __grid_constant__ 
   if (step >= p.loop.n_steps) return;
   int64_t offsets[1];
   p.loop.offsets(step, offsets);
-  const int64_t i = p.first + step;
   C value;
   if constexpr (std::is_integral_v<C>)
-    value = p.start.as_int + i * p.step.as_int;
+    value = p.start.as_int + step * p.step.as_int;
   else
-    value = p.start.as_double + static_cast<double>(i) * p.step.as_double;
+    value = p.start.as_double + step * p.step.as_double;
   store_element<C>(p.out + offsets[0], p.dtype, p.n_bytes, value);
 }
 
@@ -236,6 +255,35 @@ __global__ void __launch_bounds__(kThreads) tril_kernel(const __grid_constant__ 
 }
 
 bool is_float(DType dtype) { return is_float_kind(dtype) || dtype == DType::kFloat64; }
+
+Status launch_constant(const FillArgs& args, LoopNest nest, cudaStream_t stream) {
+  SetParams p = {};
+  const int64_t bytes = dtype_bytes(args.out.dtype);
+  const uint64_t bits = bits_of(args.start, args.out.dtype);
+  for (int64_t i = 0; i < 16; i += bytes)
+    memcpy(reinterpret_cast<char*>(p.bits) + i, &bits, static_cast<size_t>(bytes));
+  int64_t unit = 16;
+  while (unit > bytes && !nest.has_vectors(0, unit / bytes, bytes, unit)) unit /= 2;
+  nest.widen(unit / bytes);
+  p.loop = nest.device_loop<1>();
+  p.out = nest.data[0];
+  const unsigned blocks = (p.loop.n_steps + kThreads - 1) / kThreads;
+  const auto launch = [&](auto kernel) {
+    return launch_status(args.who, launch_dependent(kernel, blocks, kThreads, 0, stream, p));
+  };
+  switch (unit) {
+    case 16:
+      return launch(set_kernel<uint4>);
+    case 8:
+      return launch(set_kernel<uint2>);
+    case 4:
+      return launch(set_kernel<uint32_t>);
+    case 2:
+      return launch(set_kernel<uint16_t>);
+    default:
+      return launch(set_kernel<uint8_t>);
+  }
+}
 
 }  // namespace
 
@@ -268,27 +316,26 @@ Status launch_fill(const FillArgs& args, cudaStream_t stream) {
   LoopNest nest = loop_over(args.out, 1);
   nest.set(0, args.out);
   if (nest.n_steps() == 0) return {};
-  const bool is_constant = args.step.as_double == 0 && args.step.as_int == 0;
   nest.collapse();
-  if (!is_constant && nest.n_steps() > kMaxSteps)
+  if (args.step.as_double == 0 && args.step.as_int == 0)
+    return nest.in_pieces(
+        [&](const LoopNest& piece) { return launch_constant(args, piece, stream); });
+  if (nest.n_steps() > kMaxSteps)
     return error(StatusCode::kUnsupported, "%.200s: expected at most %lld elements, got %lld",
                  args.who, static_cast<long long>(kMaxSteps),
                  static_cast<long long>(nest.n_steps()));
-  return nest.in_pieces([&](const LoopNest& piece) -> Status {
-    FillParams p = {piece.device_loop<1>(),
-                    piece.data[0],
-                    0,
-                    args.start,
-                    args.step,
-                    args.out.dtype,
-                    static_cast<int32_t>(dtype_bytes(args.out.dtype))};
-    const unsigned blocks = (p.loop.n_steps + kThreads - 1) / kThreads;
-    if (is_float(args.out.dtype))
-      fill_kernel<double><<<blocks, kThreads, 0, stream>>>(p);
-    else
-      fill_kernel<int64_t><<<blocks, kThreads, 0, stream>>>(p);
-    return launch_status(args.who, cudaGetLastError());
-  });
+  const FillParams p = {nest.device_loop<1>(),
+                        nest.data[0],
+                        args.start,
+                        args.step,
+                        args.out.dtype,
+                        static_cast<int32_t>(dtype_bytes(args.out.dtype))};
+  const unsigned blocks = (p.loop.n_steps + kThreads - 1) / kThreads;
+  if (is_float(args.out.dtype))
+    fill_kernel<double><<<blocks, kThreads, 0, stream>>>(p);
+  else
+    fill_kernel<int64_t><<<blocks, kThreads, 0, stream>>>(p);
+  return launch_status(args.who, cudaGetLastError());
 }
 
 Status launch_tril(const TrilArgs& args, cudaStream_t stream) {

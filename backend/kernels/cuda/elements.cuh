@@ -6,9 +6,10 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
-#include "../tensor_view.h"
+#include "tensor_kernels.h"
 
 namespace cuda_int4 {
 
@@ -19,6 +20,11 @@ struct RawElems {
   // 8 elements of at most 2 bytes, or 4, 2 or 1 of at most 8.
   static constexpr int kWords = kWidth == 8 ? 4 : 2 * kWidth;
   uint32_t words[kWords];
+
+  __device__ __forceinline__ void set(uint32_t word) {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) words[i] = word;
+  }
 
   // The address is a multiple of n_bytes (up to 16); n_bytes is 1, 2, 4, 8, 16 or 32.
   __device__ __forceinline__ void load(const char* from, int n_bytes) {
@@ -110,28 +116,32 @@ struct RawElems {
 
 namespace elements {
 
-template <int kBytes, typename C, int kWidth, typename Decode>
-__device__ __forceinline__ void read(const RawElems<kWidth>& raw, C (&values)[kWidth],
-                                     Decode decode) {
+template <int kBytes, typename C, int kWidth, int kVectors, typename Decode>
+__device__ __forceinline__ void read(const RawElems<kWidth> (&raw)[kVectors],
+                                     C (&values)[kWidth * kVectors], Decode decode) {
 #pragma unroll
-  for (int i = 0; i < kWidth; ++i) values[i] = static_cast<C>(decode(raw.template get<kBytes>(i)));
+  for (int i = 0; i < kWidth * kVectors; ++i)
+    values[i] = static_cast<C>(decode(raw[i / kWidth].template get<kBytes>(i % kWidth)));
 }
 
-template <int kBytes, typename C, int kWidth, typename Encode>
-__device__ __forceinline__ void write(const C (&values)[kWidth], RawElems<kWidth>* raw,
-                                      Encode encode) {
+template <int kBytes, typename C, int kWidth, int kVectors, typename Encode>
+__device__ __forceinline__ void write(const C (&values)[kWidth * kVectors],
+                                      RawElems<kWidth> (&raw)[kVectors], Encode encode) {
 #pragma unroll
-  for (int i = 0; i < RawElems<kWidth>::kWords; ++i) raw->words[i] = 0;
+  for (int v = 0; v < kVectors; ++v)
 #pragma unroll
-  for (int i = 0; i < kWidth; ++i) raw->template put<kBytes>(i, encode(values[i]));
+    for (int i = 0; i < RawElems<kWidth>::kWords; ++i) raw[v].words[i] = 0;
+#pragma unroll
+  for (int i = 0; i < kWidth * kVectors; ++i)
+    raw[i / kWidth].template put<kBytes>(i % kWidth, encode(values[i]));
 }
 
 }  // namespace elements
 
 // values[i] = C(element i).
-template <typename C, int kWidth>
-__device__ __forceinline__ void from_raw(const RawElems<kWidth>& raw, DType dtype,
-                                         C (&values)[kWidth]) {
+template <typename C, int kWidth, int kVectors>
+__device__ __forceinline__ void from_raw(const RawElems<kWidth> (&raw)[kVectors], DType dtype,
+                                         C (&values)[kWidth * kVectors]) {
   using elements::read;
   switch (dtype) {
     case DType::kFloat16:
@@ -166,9 +176,9 @@ __device__ __forceinline__ void from_raw(const RawElems<kWidth>& raw, DType dtyp
 
 // Element i becomes values[i]: floats rounded to nearest even, integers cut to their low bits, a
 // float made an integer cut to its low bits too, so that -1.f is 255 in uint8 as it is on CPUs.
-template <typename C, int kWidth>
-__device__ __forceinline__ void to_raw(const C (&values)[kWidth], DType dtype,
-                                       RawElems<kWidth>* raw) {
+template <typename C, int kWidth, int kVectors>
+__device__ __forceinline__ void to_raw(const C (&values)[kWidth * kVectors], DType dtype,
+                                       RawElems<kWidth> (&raw)[kVectors]) {
   using elements::write;
   const auto low_bits = [](C value) { return static_cast<uint64_t>(static_cast<int64_t>(value)); };
   switch (dtype) {
@@ -201,22 +211,48 @@ __device__ __forceinline__ void to_raw(const C (&values)[kWidth], DType dtype,
   }
 }
 
+// On the host: a number as an element of `dtype`, in the low bytes.
+inline uint64_t bits_of(const Number& number, DType dtype) {
+  uint64_t bits = 0;
+  const auto keep = [&bits](const auto& value) { memcpy(&bits, &value, sizeof(value)); };
+  switch (dtype) {
+    case DType::kFloat16:
+      keep(__float2half_rn(static_cast<float>(number.as_double)));
+      break;
+    case DType::kBFloat16:
+      keep(__float2bfloat16_rn(static_cast<float>(number.as_double)));
+      break;
+    case DType::kFloat32:
+      keep(static_cast<float>(number.as_double));
+      break;
+    case DType::kFloat64:
+      keep(number.as_double);
+      break;
+    case DType::kBool:
+      bits = number.as_double != 0 ? 1 : 0;
+      break;
+    default:
+      keep(number.as_int);  // the low bytes of two's complement
+  }
+  return bits;
+}
+
 // One element, by its own load and store.
 template <typename C>
 __device__ __forceinline__ C load_element(const char* from, DType dtype, int n_bytes) {
-  RawElems<1> raw;
-  raw.load(from, n_bytes);
+  RawElems<1> raw[1];
+  raw[0].load(from, n_bytes);
   C value[1];
-  from_raw<C, 1>(raw, dtype, value);
+  from_raw(raw, dtype, value);
   return value[0];
 }
 
 template <typename C>
 __device__ __forceinline__ void store_element(char* to, DType dtype, int n_bytes, C value) {
   const C values[1] = {value};
-  RawElems<1> raw;
-  to_raw<C, 1>(values, dtype, &raw);
-  raw.store(to, n_bytes);
+  RawElems<1> raw[1];
+  to_raw(values, dtype, raw);
+  raw[0].store(to, n_bytes);
 }
 
 }  // namespace cuda_int4

@@ -5,8 +5,8 @@
 //   out        any    up to 8 dims       any strides          dtype; may be an operand itself
 //
 // Requires  a, b and c broadcast to out   (checked by who calls: cuda_ops_elementwise.cpp)
-// Grid      a thread per 8 elements of at most 2 bytes, per 4 of up to 8 bytes, or per element where
-//           strides, sizes or addresses do not allow more; blocks of 128
+// Grid      blocks of 128; a thread takes 1 or 2 vectors of 16 bytes of the widest operand, or 2 or
+//           4 single elements where strides, sizes or addresses do not allow vectors
 // Bytes     reads a, b, c (broadcast ones once, out of cache), writes out
 // Numerics  computes in float32, float64 or int64 (two's complement); one rounding at the store.
 //           Integer division by 0 gives 0 and is noted; a shift by 64 and more leaves copies of the
@@ -207,25 +207,43 @@ struct Arithmetic {
   }
 };
 
+/// Casts between any two of the dtypes.
+template <DType... kDTypes>
+bool launch_casts(const ElementwiseArgs& args, const LoopNest& nest, const FaultNote& note,
+                  cudaStream_t stream, Status* status) {
+  const auto from = [&](auto in) {
+    return (... || launch_fixed<Arithmetic, ElementwiseOp::kCopy, decltype(in)::value, kDTypes>(
+                       args, nest, note, stream, status));
+  };
+  return (... || from(std::integral_constant<DType, kDTypes>{}));
+}
+
 }  // namespace
 
 Status launch_elementwise_arithmetic(const ElementwiseArgs& args, const LoopNest& nest,
                                      const FaultNote& note, cudaStream_t stream) {
+  Status status;
   switch (args.compute) {
     case ComputeType::kFloat32:
+      if (launch_fixed_ops<Arithmetic, ElementwiseOp::kAdd, ElementwiseOp::kMul,
+                           ElementwiseOp::kDiv, ElementwiseOp::kNeg, ElementwiseOp::kRsqrt,
+                           ElementwiseOp::kWhere>(args, nest, note, stream, &status) ||
+          launch_casts<DType::kFloat16, DType::kBFloat16, DType::kFloat32>(args, nest, note, stream,
+                                                                           &status))
+        return status;
       if (elementwise_allows(args, nest, 8))
-        return launch_elementwise<Arithmetic, float, 8>(args, nest, note, stream);
+        return launch_elementwise<Arithmetic, float, 8, 1>(args, nest, note, stream);
       if (elementwise_allows(args, nest, 4))
-        return launch_elementwise<Arithmetic, float, 4>(args, nest, note, stream);
-      return launch_elementwise<Arithmetic, float, 1>(args, nest, note, stream);
+        return launch_elementwise<Arithmetic, float, 4, 1>(args, nest, note, stream);
+      return launch_elementwise<Arithmetic, float, 1, 4>(args, nest, note, stream);
     case ComputeType::kInt64:
       if (elementwise_allows(args, nest, 4))
-        return launch_elementwise<Arithmetic, int64_t, 4>(args, nest, note, stream);
-      return launch_elementwise<Arithmetic, int64_t, 1>(args, nest, note, stream);
+        return launch_elementwise<Arithmetic, int64_t, 4, 1>(args, nest, note, stream);
+      return launch_elementwise<Arithmetic, int64_t, 1, 4>(args, nest, note, stream);
     case ComputeType::kFloat64:
-      return launch_elementwise<Arithmetic, double, 1>(args, nest, note, stream);
+      return launch_elementwise<Arithmetic, double, 1, 2>(args, nest, note, stream);
   }
-  return {};
+  return status;
 }
 
 }  // namespace cuda_int4

@@ -5,8 +5,7 @@
 //   out        any    up to 8 dims       any strides          dtype; may be an operand itself
 //
 // Requires  a, b and c broadcast to out; int64 only for kPow   (checked by who calls)
-// Grid      a thread per 4 elements, or per element where strides, sizes or addresses do not allow
-//           it; blocks of 128
+// Grid      as elementwise_arithmetic
 // Bytes     reads a, b, c, writes out; the functions cost more than the bytes only for pow and tan
 // Numerics  computes in float32 (CUDA's functions without fast mathematics: 1 to 4 ulp) or float64;
 //           one rounding at the store
@@ -136,17 +135,23 @@ struct Mathematics : NoDivision {
 
 Status launch_elementwise_math(const ElementwiseArgs& args, const LoopNest& nest,
                                const FaultNote& note, cudaStream_t stream) {
+  Status status;
   switch (args.compute) {
     case ComputeType::kFloat32:
+      if (launch_fixed_ops<Mathematics, ElementwiseOp::kExp, ElementwiseOp::kSin,
+                           ElementwiseOp::kCos, ElementwiseOp::kTanh, ElementwiseOp::kSigmoid,
+                           ElementwiseOp::kGelu, ElementwiseOp::kGeluTanh>(args, nest, note, stream,
+                                                                           &status))
+        return status;
       if (elementwise_allows(args, nest, 4))
-        return launch_elementwise<Mathematics, float, 4>(args, nest, note, stream);
-      return launch_elementwise<Mathematics, float, 1>(args, nest, note, stream);
+        return launch_elementwise<Mathematics, float, 4, 1>(args, nest, note, stream);
+      return launch_elementwise<Mathematics, float, 1, 4>(args, nest, note, stream);
     case ComputeType::kInt64:
-      return launch_elementwise<Power, int64_t, 1>(args, nest, note, stream);
+      return launch_elementwise<Power, int64_t, 1, 1>(args, nest, note, stream);
     case ComputeType::kFloat64:
-      return launch_elementwise<Mathematics, double, 1>(args, nest, note, stream);
+      return launch_elementwise<Mathematics, double, 1, 1>(args, nest, note, stream);
   }
-  return {};
+  return status;
 }
 
 }  // namespace cuda_int4

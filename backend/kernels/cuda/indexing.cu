@@ -12,14 +12,12 @@
 // Bytes     reads or writes plain, the rows of indexed that the indices name, and the indices
 // Numerics  bytes are moved as they are; of values scattered to one place an arbitrary one stays
 // Source    own
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <cstring>
-
+#include "elements.cuh"
 #include "indexing.cuh"
+#include "launch_dependent.cuh"
 #include "launch_status.cuh"
 #include "loop_nest.cuh"
+#include "ptx.cuh"
 
 namespace cuda_int4 {
 
@@ -46,32 +44,6 @@ struct IndexParams {
   uint64_t value;  // bits that a scatter without values writes
 };
 
-/// A number as an element of `dtype`, in the low bytes.
-uint64_t bits_of(const Number& number, DType dtype) {
-  uint64_t bits = 0;
-  const auto keep = [&bits](const auto& value) { memcpy(&bits, &value, sizeof(value)); };
-  switch (dtype) {
-    case DType::kFloat16:
-      keep(__float2half_rn(static_cast<float>(number.as_double)));
-      break;
-    case DType::kBFloat16:
-      keep(__float2bfloat16_rn(static_cast<float>(number.as_double)));
-      break;
-    case DType::kFloat32:
-      keep(static_cast<float>(number.as_double));
-      break;
-    case DType::kFloat64:
-      keep(number.as_double);
-      break;
-    case DType::kBool:
-      bits = number.as_double != 0 ? 1 : 0;
-      break;
-    default:
-      keep(number.as_int);  // the low bytes of two's complement
-  }
-  return bits;
-}
-
 /// Offset of what the indices of a step name in the indexed tensor; false: one is out of range.
 template <int kIndices>
 __device__ __forceinline__ bool follow_indices(const IndexParams<kIndices>& p,
@@ -96,6 +68,8 @@ __device__ __forceinline__ bool follow_indices(const IndexParams<kIndices>& p,
 template <typename Unit, bool kScatters, int kIndices>
 __global__ void __launch_bounds__(kThreads)
     index_kernel(const __grid_constant__ IndexParams<kIndices> p) {
+  griddepcontrol_wait();
+  griddepcontrol_launch_dependents();
   const uint32_t step = blockIdx.x * kThreads + threadIdx.x;
   if (step >= p.loop.n_steps) return;
   int64_t offsets[2 + kIndices];
@@ -130,8 +104,7 @@ cudaError_t launch_units(const IndexArgs& args, const LoopNest& nest, const Faul
                     dim.index.dtype == DType::kInt64};
   }
   const unsigned blocks = (p.loop.n_steps + kThreads - 1) / kThreads;
-  index_kernel<Unit, kScatters, kIndices><<<blocks, kThreads, 0, stream>>>(p);
-  return cudaGetLastError();
+  return launch_dependent(index_kernel<Unit, kScatters, kIndices>, blocks, kThreads, 0, stream, p);
 }
 
 /// The widest unit of rows that are in one piece on both sides and that one index names.
