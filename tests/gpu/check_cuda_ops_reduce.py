@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cuda_int4
 
@@ -474,17 +475,36 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
 
 
-def is_right(case: Case, found: Tensor, inputs: list[Tensor], index: int) -> tuple[bool, str]:
-    """Whether output ``index`` is what it should be, and why not."""
-    eager = results(case, inputs)[index]
-    if found.shape != eager.shape or found.dtype != eager.dtype:
-        want = f"expected {eager.dtype} {tuple(eager.shape)}"
-        return False, f"{want}, got {found.dtype} {tuple(found.shape)}"
+@dataclass
+class Expected:
+    """What one call should give: dtypes and shapes, and values exact or in float64."""
+
+    like: tuple[Tensor, ...]  # of values only where the case is exact
+    exact: tuple[Tensor, ...]
+
+
+def expected(case: Case, inputs: list[Tensor]) -> Expected:
+    """From torch: on the CPU, bit by bit, or in float64, on the GPU where there is one."""
     if case.exact:
-        same = torch.equal(found.nan_to_num(777), eager.nan_to_num(777))
-        same = same and torch.equal(found.isnan(), eager.isnan())
-        return same, f"expected {eager.flatten()[:5]}, got {found.flatten()[:5]}"
-    exact = results(case, [wide(x) for x in inputs])[index].double()
+        eager = results(case, inputs)
+        return Expected(eager, eager)
+    with FakeTensorMode() as fake:
+        like = results(case, [fake.from_tensor(x) for x in inputs])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    exact = results(case, [wide(x).to(device) for x in inputs])
+    return Expected(like, tuple(tensor.double().cpu() for tensor in exact))
+
+
+def is_right(case: Case, found: Tensor, want: Expected, index: int) -> tuple[bool, str]:
+    """Whether output ``index`` is what it should be, and why not."""
+    like, exact = want.like[index], want.exact[index]
+    if found.shape != like.shape or found.dtype != like.dtype:
+        shape = f"expected {like.dtype} {tuple(like.shape)}"
+        return False, f"{shape}, got {found.dtype} {tuple(found.shape)}"
+    if case.exact:
+        same = torch.equal(found.nan_to_num(777), exact.nan_to_num(777))
+        same = same and torch.equal(found.isnan(), exact.isnan())
+        return same, f"expected {exact.flatten()[:5]}, got {found.flatten()[:5]}"
     rounded = exact.to(found.dtype).double()
     y = found.double()
     if not torch.equal(y.isfinite(), exact.isfinite()):
@@ -532,8 +552,9 @@ def check_group(name: str, cases: list[Case], folder: Path, failures: list[str])
             seen[turn] = outputs
             at = 0
             for case, inputs in zip(cases, turns[turn], strict=True):
-                for index in range(len(results(case, inputs))):
-                    right, why = is_right(case, outputs[at], inputs, index)
+                want = expected(case, inputs)
+                for index in range(len(want.like)):
+                    right, why = is_right(case, outputs[at], want, index)
                     at += 1
                     n_right += right
                     if not right:

@@ -19,6 +19,8 @@
 
 #include "any_dtype.cuh"
 #include "block_reduce.cuh"
+#include "launch_dependent.cuh"
+#include "ptx.cuh"
 #include "row_kernels.cuh"
 
 namespace cuda_int4 {
@@ -32,6 +34,8 @@ template <typename X, typename V, int kVec>
 __global__ void __launch_bounds__(1024) layer_norm_kernel(LayerNormArgs p) {
   using Vector = Elems<X, kVec>;
   __shared__ V sum_slots[32], square_slots[32];
+  griddepcontrol_wait();
+  griddepcontrol_launch_dependents();
   const int64_t n_vectors = p.D / kVec;
   for (int64_t row = int64_t{blockIdx.x} * blockDim.y + threadIdx.y; row < p.n_rows;
        row += int64_t{gridDim.x} * blockDim.y) {
@@ -102,8 +106,8 @@ __global__ void __launch_bounds__(1024) layer_norm_kernel(LayerNormArgs p) {
 template <typename X, typename V, int kVec>
 cudaError_t launch(const LayerNormArgs& args, cudaStream_t stream) {
   const dim3 block = row_block(args.D / kVec, kHeld);
-  layer_norm_kernel<X, V, kVec><<<row_grid(args.n_rows, block.y), block, 0, stream>>>(args);
-  return cudaGetLastError();
+  return launch_dependent(layer_norm_kernel<X, V, kVec>, row_grid(args.n_rows, block.y), block, 0,
+                          stream, args);
 }
 
 template <typename X>

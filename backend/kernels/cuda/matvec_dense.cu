@@ -15,8 +15,10 @@
 // Source    own
 #include <type_traits>
 
+#include "launch_dependent.cuh"
 #include "matmul_kernels.cuh"
 #include "numeric.cuh"
+#include "ptx.cuh"
 
 namespace cuda_int4 {
 
@@ -31,7 +33,7 @@ constexpr int64_t kMaxGridY = 65535;
 
 template <typename T>
 __device__ __forceinline__ uint4 load_or_zero(const T* p, bool load) {
-  return load ? __ldg(reinterpret_cast<const uint4*>(p)) : uint4{0, 0, 0, 0};
+  return load ? *reinterpret_cast<const uint4*>(p) : uint4{0, 0, 0, 0};
 }
 
 // Value i of 16 bytes.
@@ -53,6 +55,8 @@ __global__ void __launch_bounds__(kThreads, 2) matvec_dense_kernel(MatmulArgs p,
   constexpr int kVec = kElemsPer16Bytes<T>;
   constexpr int kChunk = 32 * kVec;  // k that a warp's load covers
   __shared__ float partials[kWarps][kM][kTileN];
+  griddepcontrol_wait();
+  griddepcontrol_launch_dependents();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int tiles = kWarps / n_turns;  // warps that share a tile take turns along k
   const int64_t n_begin = (int64_t{blockIdx.x} * tiles + warp / n_turns) * kTileN;
@@ -123,8 +127,7 @@ cudaError_t launch(const MatmulArgs& args, cudaStream_t stream) {
   const int64_t columns = kWarps / n_turns * kTileN;
   const dim3 grid(static_cast<unsigned>((args.N + columns - 1) / columns),
                   static_cast<unsigned>(args.batch < kMaxGridY ? args.batch : kMaxGridY));
-  matvec_dense_kernel<T, kM><<<grid, kThreads, 0, stream>>>(args, n_turns);
-  return cudaGetLastError();
+  return launch_dependent(matvec_dense_kernel<T, kM>, grid, kThreads, 0, stream, args, n_turns);
 }
 
 template <typename T>

@@ -14,6 +14,7 @@
 // Source    own. b is the A operand of m16n8k16 straight from global memory: a lane's 16 bytes of a
 //           row are 8 neighbouring k, dealt to two mma as k pairs; a is dealt the same way, and a sum
 //           does not mind the order of its k
+#include "launch_dependent.cuh"
 #include "matmul_kernels.cuh"
 #include "numeric.cuh"
 #include "ptx.cuh"
@@ -30,7 +31,7 @@ constexpr int kStep = 32 * kLoads;  // k that a warp takes in one go
 constexpr int64_t kMaxGridY = 65535;
 
 __device__ __forceinline__ uint4 load_or_zero(const void* p, bool load) {
-  return load ? __ldg(static_cast<const uint4*>(p)) : uint4{0, 0, 0, 0};
+  return load ? *static_cast<const uint4*>(p) : uint4{0, 0, 0, 0};
 }
 
 // kRows: of y in units of 8.
@@ -38,6 +39,8 @@ template <typename T, int kRows>
 __global__ void __launch_bounds__(kThreads)
     matvec_w16a16_mma_kernel(MatmulArgs p, int warps_per_tile) {
   __shared__ float partials[kWarps][8 * kRows][kTileN];
+  griddepcontrol_wait();
+  griddepcontrol_launch_dependents();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int group = lane / 4, quarter = lane % 4;  // of the mma: row or column, pair of k
   const int tiles = kWarps / warps_per_tile;
@@ -110,12 +113,8 @@ cudaError_t launch(const MatmulArgs& args, cudaStream_t stream) {
   const int64_t columns = kWarps / warps_per_tile * kTileN;
   const dim3 grid(static_cast<unsigned>((args.N + columns - 1) / columns),
                   static_cast<unsigned>(args.batch < kMaxGridY ? args.batch : kMaxGridY));
-  if (args.M <= 8) {
-    matvec_w16a16_mma_kernel<T, 1><<<grid, kThreads, 0, stream>>>(args, warps_per_tile);
-  } else {
-    matvec_w16a16_mma_kernel<T, 2><<<grid, kThreads, 0, stream>>>(args, warps_per_tile);
-  }
-  return cudaGetLastError();
+  const auto kernel = args.M <= 8 ? matvec_w16a16_mma_kernel<T, 1> : matvec_w16a16_mma_kernel<T, 2>;
+  return launch_dependent(kernel, grid, kThreads, 0, stream, args, warps_per_tile);
 }
 
 }  // namespace

@@ -20,7 +20,11 @@
 
 #include <cuda_runtime.h>
 
+#include <cstring>
+
 #include "any_dtype.cuh"
+#include "launch_dependent.cuh"
+#include "ptx.cuh"
 #include "reduce.h"
 
 namespace cuda_int4 {
@@ -39,7 +43,7 @@ struct ReduceShape {
 };
 
 inline ReduceShape reduce_shape(const ReduceArgs& args) {
-  constexpr int64_t kBlocksWanted = 256, kLeastSplit = 2048, kMaxBlocks = int64_t{1} << 30;
+  constexpr int64_t kBlocksWanted = 256, kLeastSplit = 1024, kMaxBlocks = int64_t{1} << 30;
   ReduceShape shape = {};
   const auto inner_stride = [](const Walk& walk) {
     return walk.ndim == 0 ? INT64_MAX : walk.strides[walk.ndim - 1];
@@ -76,22 +80,48 @@ __device__ __forceinline__ int64_t offset_of(const Walk& walk, int64_t i) {
   return walk.ndim == 0 ? 0 : offset + i * walk.strides[0];
 }
 
-// The sums of an output's lanes into lane 0's. `sums` is the block's, one a thread.
+// `value` of the lane `offset` above, within groups of `width` lanes.
+template <typename Sum>
+__device__ __forceinline__ Sum shuffle_down(const Sum& value, int offset, int width) {
+  static_assert(sizeof(Sum) % 4 == 0, "moved in words");
+  Sum moved;
+  uint32_t words[sizeof(Sum) / 4];
+  memcpy(words, &value, sizeof(Sum));
+#pragma unroll
+  for (uint32_t& word : words) word = __shfl_down_sync(0xffffffffu, word, offset, width);
+  memcpy(&moved, words, sizeof(Sum));
+  return moved;
+}
+
+// The sums of an output's lanes, into lane 0; `slots` holds one a thread.
 template <typename Op>
-__device__ __forceinline__ void combine_lanes(typename Op::Sum* sums, int lane, int n_lanes,
+__device__ __forceinline__ void combine_lanes(const ReduceArgs& p, typename Op::Sum& sum,
+                                              typename Op::Sum* slots, int lane, int n_lanes,
                                               int lane_step) {
-  __syncthreads();
-  for (int half = n_lanes / 2; half > 0; half /= 2) {
-    if (lane < half) Op::combine(sums[threadIdx.x], sums[threadIdx.x + half * lane_step]);
+  if (lane_step > 1) {  // each lane of an output is in a warp of its own
+    slots[threadIdx.x] = sum;
     __syncthreads();
+    for (int other = 1; lane == 0 && other < n_lanes; ++other)
+      Op::combine(p, sum, slots[threadIdx.x + other * lane_step]);
+    return;
   }
+  const int width = n_lanes < 32 ? n_lanes : 32;
+  for (int half = width / 2; half > 0; half /= 2)
+    Op::combine(p, sum, shuffle_down(sum, half, width));
+  if (n_lanes <= 32) return;
+  if (lane % 32 == 0) slots[threadIdx.x / 32] = sum;
+  __syncthreads();
+  for (int warp = 1; lane == 0 && warp < n_lanes / 32; ++warp)
+    Op::combine(p, sum, slots[threadIdx.x / 32 + warp]);
 }
 
 template <typename Op, typename Reader>
 __global__ void __launch_bounds__(kReduceThreads)
     reduce_kernel(ReduceArgs p, ReduceShape shape, typename Op::Sum* partials) {
   using Sum = typename Op::Sum;
-  __shared__ Sum sums[kReduceThreads];
+  __shared__ Sum slots[kReduceThreads];
+  griddepcontrol_wait();
+  griddepcontrol_launch_dependents();
   const int n_outputs = kReduceThreads / shape.n_lanes;
   const bool along_r = shape.lane_step == 1;
   const int lane = along_r ? threadIdx.x % shape.n_lanes : threadIdx.x / n_outputs;
@@ -104,32 +134,30 @@ __global__ void __launch_bounds__(kReduceThreads)
     Sum sum = Op::empty(p);
     if (o < p.n_out) {
       const int64_t base = offset_of(p.kept, o);
-      int64_t r = r_begin + lane;
-      for (; r + int64_t{kReduceUnroll - 1} * shape.n_lanes < r_end;
-           r += int64_t{kReduceUnroll} * shape.n_lanes) {
+      for (int64_t first_r = r_begin + lane; first_r < r_end;
+           first_r += int64_t{kReduceUnroll} * shape.n_lanes) {
         typename Reader::V values[kReduceUnroll];
 #pragma unroll
         for (int i = 0; i < kReduceUnroll; ++i) {
-          const int64_t at = base + offset_of(p.reduced, r + int64_t{i} * shape.n_lanes);
-          values[i] = Reader::at(p.x, p.dtype, at);
+          const int64_t r = first_r + int64_t{i} * shape.n_lanes;
+          if (r < r_end) values[i] = Reader::at(p.x, p.dtype, base + offset_of(p.reduced, r));
         }
 #pragma unroll
-        for (int i = 0; i < kReduceUnroll; ++i)
-          Op::add(p, sum, values[i], r + int64_t{i} * shape.n_lanes);
+        for (int i = 0; i < kReduceUnroll; ++i) {
+          const int64_t r = first_r + int64_t{i} * shape.n_lanes;
+          if (r < r_end) Op::add(p, sum, values[i], r);
+        }
       }
-      for (; r < r_end; r += shape.n_lanes)
-        Op::add(p, sum, Reader::at(p.x, p.dtype, base + offset_of(p.reduced, r)), r);
     }
-    sums[threadIdx.x] = sum;
-    combine_lanes<Op>(sums, lane, shape.n_lanes, shape.lane_step);
+    combine_lanes<Op>(p, sum, slots, lane, shape.n_lanes, shape.lane_step);
     if (lane == 0 && o < p.n_out) {
       if (partials == nullptr) {
-        Op::finish(p, sums[threadIdx.x], o);
+        Op::finish(p, sum, o);
       } else {
-        partials[o * gridDim.y + blockIdx.y] = sums[threadIdx.x];
+        partials[o * gridDim.y + blockIdx.y] = sum;
       }
     }
-    __syncthreads();  // before the next outputs overwrite sums
+    __syncthreads();  // before the next outputs overwrite slots
   }
 }
 
@@ -137,13 +165,14 @@ __global__ void __launch_bounds__(kReduceThreads)
 template <typename Op>
 __global__ void __launch_bounds__(kReduceThreads)
     reduce_partials_kernel(ReduceArgs p, int n_splits, const typename Op::Sum* partials) {
-  __shared__ typename Op::Sum sums[kReduceThreads];
+  __shared__ typename Op::Sum slots[kReduceThreads];
+  griddepcontrol_wait();
+  griddepcontrol_launch_dependents();
   typename Op::Sum sum = Op::empty(p);
   for (int i = threadIdx.x; i < n_splits; i += kReduceThreads)
-    Op::combine(sum, partials[int64_t{blockIdx.x} * n_splits + i]);
-  sums[threadIdx.x] = sum;
-  combine_lanes<Op>(sums, threadIdx.x, kReduceThreads, 1);
-  if (threadIdx.x == 0) Op::finish(p, sums[0], blockIdx.x);
+    Op::combine(p, sum, partials[int64_t{blockIdx.x} * n_splits + i]);
+  combine_lanes<Op>(p, sum, slots, threadIdx.x, kReduceThreads, 1);
+  if (threadIdx.x == 0) Op::finish(p, sum, blockIdx.x);
 }
 
 template <typename Op, typename Reader>
@@ -153,12 +182,11 @@ cudaError_t launch_reduce(const ReduceArgs& args, void* scratch, cudaStream_t st
   static_assert(sizeof(Sum) <= 32, "reduce_scratch_bytes counts 32 bytes for each");
   Sum* partials = shape.n_splits > 1 ? static_cast<Sum*>(scratch) : nullptr;
   const dim3 grid(static_cast<unsigned>(shape.n_blocks), static_cast<unsigned>(shape.n_splits));
-  reduce_kernel<Op, Reader><<<grid, kReduceThreads, 0, stream>>>(args, shape, partials);
-  if (partials != nullptr) {
-    reduce_partials_kernel<Op><<<static_cast<unsigned>(args.n_out), kReduceThreads, 0, stream>>>(
-        args, shape.n_splits, partials);
-  }
-  return cudaGetLastError();
+  const cudaError_t code = launch_dependent(reduce_kernel<Op, Reader>, grid, kReduceThreads, 0,
+                                            stream, args, shape, partials);
+  if (code != cudaSuccess || partials == nullptr) return code;
+  return launch_dependent(reduce_partials_kernel<Op>, static_cast<unsigned>(args.n_out),
+                          kReduceThreads, 0, stream, args, shape.n_splits, partials);
 }
 
 inline uint64_t reduce_scratch_bytes(const ReduceArgs& args) {

@@ -13,26 +13,23 @@ struct ExtremeOp {
   struct Sum {
     V value;
     int64_t index;  // -1: nothing yet
-    bool is_minimum;
   };
-  __device__ static Sum empty(const ReduceArgs& p) {
-    return {V(0), -1, p.reduction == Reduction::kMinimum};
-  }
-  __device__ static bool beats(V value, int64_t index, const Sum& best) {
+  __device__ static Sum empty(const ReduceArgs&) { return {V(0), -1}; }
+  __device__ static bool beats(const ReduceArgs& p, V value, int64_t index, const Sum& best) {
     if (best.index < 0) return true;
     const bool value_is_nan = value != value, best_is_nan = best.value != best.value;
     if (value_is_nan || best_is_nan) return value_is_nan && (!best_is_nan || index < best.index);
     if (value == best.value) return index < best.index;
-    return (value < best.value) == best.is_minimum;
+    return (value < best.value) == (p.reduction == Reduction::kMinimum);
   }
-  __device__ static void add(const ReduceArgs&, Sum& best, V value, int64_t index) {
-    if (beats(value, index, best)) {
+  __device__ static void add(const ReduceArgs& p, Sum& best, V value, int64_t index) {
+    if (beats(p, value, index, best)) {
       best.value = value;
       best.index = index;
     }
   }
-  __device__ static void combine(Sum& best, const Sum& other) {
-    if (other.index >= 0 && beats(other.value, other.index, best)) best = other;
+  __device__ static void combine(const ReduceArgs& p, Sum& best, const Sum& other) {
+    if (other.index >= 0 && beats(p, other.value, other.index, best)) best = other;
   }
   __device__ static void finish(const ReduceArgs& p, const Sum& best, int64_t o) {
     if (p.out != nullptr) store_as(p.out, p.out_dtype, o, best.value);

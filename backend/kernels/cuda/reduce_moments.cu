@@ -21,7 +21,7 @@ struct MomentsOp {
     sum.mean += delta / static_cast<V>(sum.n);
     sum.squares += delta * (value - sum.mean);
   }
-  __device__ static void combine(Sum& sum, const Sum& other) {
+  __device__ static void combine(const ReduceArgs&, Sum& sum, const Sum& other) {
     if (other.n == 0) return;
     const int64_t n = sum.n + other.n;
     const V share = static_cast<V>(other.n) / static_cast<V>(n);

@@ -10,7 +10,7 @@ struct SumOp {
   using Sum = V;
   __device__ static V empty(const ReduceArgs&) { return V(0); }
   __device__ static void add(const ReduceArgs&, V& sum, V value, int64_t) { sum += value; }
-  __device__ static void combine(V& sum, V other) { sum += other; }
+  __device__ static void combine(const ReduceArgs&, V& sum, V other) { sum += other; }
   __device__ static void finish(const ReduceArgs& p, V sum, int64_t o) {
     if (p.reduction == Reduction::kMean) sum = sum / static_cast<V>(p.n_reduced);
     store_as(p.out, p.out_dtype, o, sum);
@@ -22,7 +22,7 @@ struct ProductOp {
   using Sum = V;
   __device__ static V empty(const ReduceArgs&) { return V(1); }
   __device__ static void add(const ReduceArgs&, V& product, V value, int64_t) { product *= value; }
-  __device__ static void combine(V& product, V other) { product *= other; }
+  __device__ static void combine(const ReduceArgs&, V& product, V other) { product *= other; }
   __device__ static void finish(const ReduceArgs& p, V product, int64_t o) {
     store_as(p.out, p.out_dtype, o, product);
   }
@@ -35,7 +35,7 @@ struct AnyOp {
     any |= value != V(0);
   }
   __device__ static int empty(const ReduceArgs&) { return 0; }
-  __device__ static void combine(int& any, int other) { any |= other; }
+  __device__ static void combine(const ReduceArgs&, int& any, int other) { any |= other; }
   __device__ static void finish(const ReduceArgs& p, int any, int64_t o) {
     store_as(p.out, p.out_dtype, o, static_cast<int64_t>(any));
   }

@@ -15,7 +15,9 @@
 // Source    own
 #include <type_traits>
 
+#include "launch_dependent.cuh"
 #include "numeric.cuh"
+#include "ptx.cuh"
 #include "rms_norm.cuh"
 
 namespace cuda_int4 {
@@ -59,6 +61,8 @@ template <typename X, typename W, int kVec>
 __global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(RmsNormKernelArgs p) {
   using Vector = Elems<X, kVec>;
   __shared__ float warp_sums[2][32];
+  griddepcontrol_wait();
+  griddepcontrol_launch_dependents();
   const int64_t n_vectors = p.D / kVec;
   int parity = 0;  // a row's sums are read while the next row's are written
   for (int64_t row = int64_t{blockIdx.x} * blockDim.y + threadIdx.y; row < p.n_rows;
@@ -135,10 +139,9 @@ cudaError_t launch(const RmsNormKernelArgs& args, cudaStream_t stream) {
     block = dim3(static_cast<unsigned>(threads < kMaxThreads ? threads : kMaxThreads), 1);
   }
   const int64_t blocks = (args.n_rows + block.y - 1) / block.y;
-  rms_norm_kernel<X, W, kVec>
-      <<<static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks), block, 0, stream>>>(
-          args);
-  return cudaGetLastError();
+  return launch_dependent(rms_norm_kernel<X, W, kVec>,
+                          static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks), block,
+                          0, stream, args);
 }
 
 bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }

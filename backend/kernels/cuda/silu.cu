@@ -10,7 +10,9 @@
 // Bytes     reads x, writes y
 // Numerics  fp32, exp to 2 ulp, one rounding at the store
 // Source    own
+#include "launch_dependent.cuh"
 #include "numeric.cuh"
+#include "ptx.cuh"
 #include "silu.cuh"
 
 namespace cuda_int4 {
@@ -29,6 +31,8 @@ __device__ __forceinline__ X silu_of(X x) {
 template <typename X, int kVec>
 __global__ void __launch_bounds__(kThreads) silu_kernel(SiluKernelArgs p) {
   using Vector = Elems<X, kVec>;
+  griddepcontrol_wait();
+  griddepcontrol_launch_dependents();
   const X* x = static_cast<const X*>(p.x);
   X* y = static_cast<X*>(p.y);
   const int64_t n_vectors = p.numel / kVec;
@@ -47,10 +51,9 @@ template <typename X, int kVec>
 cudaError_t launch(const SiluKernelArgs& args, cudaStream_t stream) {
   const int64_t n_vectors = (args.numel + kVec - 1) / kVec;
   const int64_t blocks = (n_vectors + kThreads - 1) / kThreads;
-  silu_kernel<X, kVec>
-      <<<static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks), kThreads, 0, stream>>>(
-          args);
-  return cudaGetLastError();
+  return launch_dependent(silu_kernel<X, kVec>,
+                          static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks),
+                          kThreads, 0, stream, args);
 }
 
 template <typename X>

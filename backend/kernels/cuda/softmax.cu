@@ -19,6 +19,8 @@
 
 #include "any_dtype.cuh"
 #include "block_reduce.cuh"
+#include "launch_dependent.cuh"
+#include "ptx.cuh"
 #include "row_kernels.cuh"
 
 namespace cuda_int4 {
@@ -31,6 +33,8 @@ constexpr int kColumnThreads = 128;
 template <typename X, typename Y>
 __global__ void __launch_bounds__(1024) softmax_rows_kernel(SoftmaxArgs p) {
   __shared__ float max_slots[32], sum_slots[32];
+  griddepcontrol_wait();
+  griddepcontrol_launch_dependents();
   for (int64_t row = int64_t{blockIdx.x} * blockDim.y + threadIdx.y; row < p.n_outer;
        row += int64_t{gridDim.x} * blockDim.y) {
     const X* x = static_cast<const X*>(p.x) + row * p.n;
@@ -97,8 +101,8 @@ __global__ void __launch_bounds__(kColumnThreads) softmax_columns_kernel(Softmax
 template <typename X, typename Y>
 cudaError_t launch_rows(const SoftmaxArgs& args, cudaStream_t stream) {
   const dim3 block = row_block(args.n, kHeld);
-  softmax_rows_kernel<X, Y><<<row_grid(args.n_outer, block.y), block, 0, stream>>>(args);
-  return cudaGetLastError();
+  return launch_dependent(softmax_rows_kernel<X, Y>, row_grid(args.n_outer, block.y), block, 0,
+                          stream, args);
 }
 
 template <typename X>
