@@ -3,7 +3,7 @@
 //
 // The destination is cut into chunks of kChunkBytes, a chunk into units. Threads take units in order:
 // hash, copy into the chunk's buffer, and whoever finishes a chunk sends it. A ring of kSlots buffers
-// keeps the bus busy meanwhile. One transfer to 4 MiB, not one to each thread's part or to each
+// keeps the bus busy meanwhile. One transfer to 2 MiB, not one to each thread's part or to each
 // constant, because the driver takes one call at a time.
 #pragma once
 
@@ -31,9 +31,9 @@ class UploadTransport {
 
 class UploadRing {
  public:
-  static constexpr uint64_t kChunkBytes = uint64_t(4) << 20;
+  static constexpr uint64_t kChunkBytes = uint64_t(2) << 20;
   static constexpr uint64_t kUnitBytes = uint64_t(1) << 18;  // stays in a core's cache
-  static constexpr size_t kSlots = 6;
+  static constexpr size_t kSlots = 8;
 
   /// Destinations ascend and lie in one allocation; what is between two of them is written, too.
   UploadRing(const Upload* uploads, size_t n, bool verify);

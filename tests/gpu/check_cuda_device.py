@@ -343,12 +343,18 @@ def check_half_precision(check: Checker, folder: Path) -> None:
         bound = 8 * torch.finfo(dtype).eps * (4 if activation == "int8" else 1)
         check.note(error <= bound, f"{what}: logits differ by {error:.1e} of the greatest")
         expected_tokens = cpu.generate(PROMPT, max_new_tokens=256).tokens
-        tokens = model.generate(PROMPT, max_new_tokens=256).tokens
+        generation = model.generate(PROMPT, max_new_tokens=256)
+        eager = gpu(byte_llama_file(folder, dtype, activation), cuda_graph=False)
+        eagerly = eager.generate(PROMPT, max_new_tokens=256)
+        tokens = generation.tokens
+        check.note(eagerly.tokens == tokens, f"{what}: without graphs other tokens")
         n_same = next(
             (i for i, (a, b) in enumerate(zip(tokens, expected_tokens, strict=False)) if a != b),
             len(tokens),
         )
-        print(f"  {what}: the first {n_same} of {len(tokens)} greedy tokens are the CPU's")
+        rates = [g.stats.decode_tokens_per_s for g in (generation, eagerly)]
+        print(f"  {what}: the first {n_same} of {len(tokens)} greedy tokens are the CPU's; "
+              f"{rates[0]:.0f} tokens/s, without graphs {rates[1]:.0f}")  # fmt: skip
 
 
 def check_profile(check: Checker, folder: Path) -> None:
