@@ -85,6 +85,7 @@ def export(config: decode_model.Config, options: argparse.Namespace, path: Path)
         group_size=options.group_size,
         zero_points=options.zero_points,
         activation=options.activation,
+        dense_head=options.dense_head,
     )
     max_seq_len = min(MAX_SEQ_LEN, max_context)
     length = torch.export.Dim("length", min=1, max=max_seq_len)
@@ -266,9 +267,11 @@ def run(options: argparse.Namespace, folder: Path) -> None:
     path = options.pte or folder / f"{options.model}.pte"
     if not path.exists():
         export(config, options, path)
-    weight_bytes = sum(
-        decode_model.weight_bytes(N, K, options.group_size, options.zero_points)
-        for N, K in config.linears
+    weight_bytes = decode_model.bytes_a_token_reads(
+        config,
+        options.group_size,
+        options.zero_points,
+        DTYPES[options.dtype].itemsize if options.dense_head else 0,
     )
     start = time.perf_counter()
     model = load(path, options.device, options.cuda_graph)
@@ -286,7 +289,8 @@ def run(options: argparse.Namespace, folder: Path) -> None:
     notes = [
         f"{where}, commit {options.commit or 'unknown'}",
         f"command: {command_line()}",
-        f"{config.n_layers} layers, {weight_bytes / 1e9:.3f} GB of int4 weights, "
+        f"{config.n_layers} layers, {weight_bytes / 1e9:.3f} GB of weights in linears"
+        f"{' (the head dense)' if options.dense_head else ''}, "
         f"loaded in {loaded_s:.1f} s"
         + (
             f" (upload {use.uploaded_bytes / 1e9 / use.upload_s:.1f} GB/s)"
@@ -312,6 +316,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--zero-points", action="store_true")
     parser.add_argument(
         "--activation", choices=("none", "int8"), default="none", help="w4a16 or w4a8"
+    )
+    parser.add_argument(
+        "--dense-head", action="store_true", help="leave the head in --dtype, not in int4"
     )
     parser.add_argument("--context", type=int, nargs="+", default=[128, 2048, 8192])
     parser.add_argument("--prefill", type=int, nargs="+", default=[512, 2048])

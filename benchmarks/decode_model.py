@@ -242,6 +242,7 @@ class RandomWeights:
 
     def __init__(self, dtype: torch.dtype, group_size: int, zero_points: bool, activation: str):
         self.dtype, self.group_size = dtype, group_size
+        self.scale_dtype = torch.bfloat16 if dtype == torch.float32 else dtype
         self.zero_points, self.activation = zero_points, activation
         generator = torch.Generator().manual_seed(0)
         n = self.POOL_BYTES
@@ -271,13 +272,13 @@ class RandomWeights:
             zero_point = (self._take(self.floats, N * n_groups) * 2 + 7).view(N, n_groups)
         return CudaCoalescedInt4Tensor(
             self._take(self.bytes, N * K // 2).view(N, K // 2),
-            scale.to(self.dtype).view(N, n_groups),
+            scale.to(self.scale_dtype).view(N, n_groups),
             group_size,
             "coalesced.v1",
             self.activation,
             (N, K),
             self.dtype,
-            None if zero_point is None else zero_point.to(self.dtype),
+            None if zero_point is None else zero_point.to(self.scale_dtype),
         )
 
 
@@ -285,6 +286,17 @@ def weight_bytes(N: int, K: int, group_size: int, zero_points: bool) -> int:
     """Of one weight as ``RandomWeights`` makes it, with 16-bit scales."""
     n_groups = K // (group_size or K)
     return N * K // 2 + N * n_groups * (4 if zero_points else 2)
+
+
+def bytes_a_token_reads(
+    config: Config, group_size: int, zero_points: bool, dense_head_bytes: int = 0
+) -> int:
+    """Of all weights of linears; ``dense_head_bytes`` an element where the head is not int4."""
+    *linears, (N, K) = config.linears
+    layers = sum(weight_bytes(n, k, group_size, zero_points) for n, k in linears)
+    if dense_head_bytes:
+        return layers + N * K * dense_head_bytes
+    return layers + weight_bytes(N, K, group_size, zero_points)
 
 
 def build(
@@ -295,16 +307,21 @@ def build(
     group_size: int,
     zero_points: bool = False,
     activation: str = "none",
+    dense_head: bool = False,
 ) -> Decoder:
-    """A model in eval mode whose linears and head hold random int4 weights.
+    """A model in eval mode whose linears, and head unless it is dense, hold random int4 weights.
 
-    Everything else has ``dtype``; nothing of the size of a dense weight is ever made.
+    Everything else has ``dtype``. The dense form of an int4 weight is never made.
     """
     with torch.device("meta"):
         model = Decoder(config, max_context)
     weights = RandomWeights(dtype, group_size, zero_points, activation)
     for module in model.modules():
-        if isinstance(module, nn.Linear):
+        if module is model.output and dense_head:
+            N, K = module.out_features, module.in_features
+            values = weights._take(weights.floats.to(dtype), N * K).sub_(0.5).mul_((12 / K) ** 0.5)
+            module.weight = nn.Parameter(values.view(N, K), requires_grad=False)
+        elif isinstance(module, nn.Linear):
             weight = weights.weight(module.out_features, module.in_features)
             module.weight = nn.Parameter(weight, requires_grad=False)
         elif isinstance(module, nn.RMSNorm):

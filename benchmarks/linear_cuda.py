@@ -1,7 +1,7 @@
 """The GPU half of bench_linear: each kernel in a CUDA graph of its own, all in one process.
 
 Weights rotate through several times the L2, so every call reads them from memory. Each candidate is
-one CUDA graph of enough calls to go once around its copies; the candidates take turns replaying
+one CUDA graph of calls that go around its copies, once or more; the candidates take turns replaying
 theirs, so that a change of clock hits all of them; the median over the turns is what counts. Before
 each timed replay the stream is kept busy for a moment, so that the launch of the graph itself is
 over when the clock starts.
@@ -37,7 +37,7 @@ COLUMNS = (
 ).split(",")
 BUS_BYTES_PER_S = 4.3e12  # of an H200, the figure that shares are quoted against
 ROTATE_L2S = 4.2
-MIN_CALLS = 16
+GRAPH_S = 5e-4
 TINYGEMM_MAX_ROWS = 256  # beyond, a call takes tens of milliseconds
 TINYGEMM_INNER_K_TILES = 8
 BUSY_CYCLES = 60_000  # about 30 us: longer than the launch of a graph
@@ -98,8 +98,9 @@ class Candidate:
         return all(error <= self.tolerance for error in errors)
 
     def capture(self) -> None:
-        """Record the graph: whole rounds over the copies, at least MIN_CALLS calls."""
-        self.n_calls = -(-MIN_CALLS // self.n_copies) * self.n_copies
+        """Record the graph: whole rounds over the copies, about GRAPH_S long or one round."""
+        round_s = best_time_s(lambda: [self.call(i) for i in range(self.n_copies)], 2)
+        self.n_calls = self.n_copies * max(1, round(GRAPH_S / round_s))
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for i in range(self.n_calls):

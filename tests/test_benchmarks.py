@@ -25,6 +25,16 @@ def test_a_decoder_has_the_linears_that_are_timed(name, billions):
     assert round(sum(N * K for N, K in linears) / 1e9, 1 if billions > 10 else 2) == billions
 
 
+def test_bytes_of_the_weights_that_a_token_needs():
+    config = decode_model.MODELS["llama-3-8b"]
+    n_weights = sum(N * K for N, K in config.linears)
+    assert decode_model.bytes_a_token_reads(config, 128, False) == n_weights * 4.125 / 8
+    assert decode_model.bytes_a_token_reads(config, 32, True) == n_weights * 5 / 8
+    head = 128256 * 4096
+    dense = decode_model.bytes_a_token_reads(config, 128, False, dense_head_bytes=2)
+    assert dense == (n_weights - head) * 4.125 / 8 + head * 2
+
+
 def test_bytes_of_the_cache_that_a_token_needs():
     llama, gemma = (decode_model.MODELS[name] for name in ("llama-3-8b", "gemma-4-31b"))
     assert llama.cache_bytes_read(1000, 2) == 1000 * 131072
