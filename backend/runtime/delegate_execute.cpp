@@ -40,6 +40,12 @@ Error sizes_error(size_t i, Error error, const Tensor& given) {
                                ShapeText(view).text);
 }
 
+/// "cuda_int4::index_put_", "cuda_int4::copy_"; not "cuda_int4::index_put.out".
+bool writes_in_place(const std::string& op) {
+  const size_t end = std::min(op.find('.'), op.size());
+  return end > 0 && op[end - 1] == '_';
+}
+
 }  // namespace
 
 Error DelegateMethod::execute(Args args, EventTracer* tracer) {
@@ -154,9 +160,8 @@ void DelegateMethod::begin_instruction(size_t i) {
 void DelegateMethod::end_instruction(size_t i) {
   if (in_range_) device_->pop_range();
   in_range_ = false;
-  // "cuda_int4::index_put_": what it wrote to may be what was quantised.
-  if (shared_activation_ != nullptr && i < operators_.size() &&
-      operators_[i].substr(0, operators_[i].find('.')).back() == '_')
+  // What it wrote to may be what was quantised.
+  if (shared_activation_ != nullptr && i < operators_.size() && writes_in_place(operators_[i]))
     shared_activation_->forget();
 }
 
