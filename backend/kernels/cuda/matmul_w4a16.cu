@@ -27,13 +27,34 @@ MatmulW4A16Args kernel_args(const LinearArgs& args) {
   return p;
 }
 
+// Multiprocessors of the current device if it runs sm_90a code, else 0.
+int hopper_multiprocessors() {
+  int device = 0, major = 0, minor = 0, count = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return major == 9 && minor == 0 ? count : 0;
+}
+
 }  // namespace
 
-uint64_t matmul_w4a16_scratch_bytes(const LinearArgs&) { return 0; }
+uint64_t matmul_w4a16_scratch_bytes(const LinearArgs& args) {
+  const MatmulW4A16Args p = kernel_args(args);
+  const int n_multiprocessors = hopper_multiprocessors();
+  if (n_multiprocessors == 0 || !can_matmul_w4a16_wgmma(p)) return 0;
+  return matmul_w4a16_wgmma_scratch_bytes(p, n_multiprocessors);
+}
 
 Status matmul_w4a16(const LinearArgs& args, const ExecutionContext& context) {
+  const MatmulW4A16Args p = kernel_args(args);
   const cudaStream_t stream = static_cast<cudaStream_t>(context.stream);
-  return launch_status(weight_name(args), launch_matmul_w4a16_mma(kernel_args(args), stream));
+  const int n_multiprocessors = hopper_multiprocessors();
+  const cudaError_t error =
+      n_multiprocessors > 0 && can_matmul_w4a16_wgmma(p)
+          ? launch_matmul_w4a16_wgmma(p, context.scratch, n_multiprocessors, stream)
+          : launch_matmul_w4a16_mma(p, stream);
+  return launch_status(weight_name(args), error);
 }
 
 }  // namespace cuda_int4

@@ -144,7 +144,9 @@ __global__ void __launch_bounds__(kThreads, 2) matmul_w4a16_mma_kernel(MatmulW4A
       if (int64_t{tile} * kTileK + chunk * kChunkK >= p.K) break;
       if (chunks_left == 0) {
 #pragma unroll
-        for (int j = 0; j < C::kFragsN; ++j) group[j].set(next_scale[j], next_zero[j]);
+        for (int j = 0; j < C::kFragsN; ++j) {
+          group[j] = group_scale<T>(next_scale[j], next_zero[j], false);
+        }
         chunks_left = chunks_per_group;
         if (++group_index < n_groups) load_scales(group_index);
       }
@@ -165,8 +167,9 @@ __global__ void __launch_bounds__(kThreads, 2) matmul_w4a16_mma_kernel(MatmulW4A
 #pragma unroll
         for (int j = 0; j < C::kFragsN; ++j) {
           uint32_t b[2];
-          fragment_of_codes(slice == 0 ? codes[j].x : codes[j].z,
-                            slice == 0 ? codes[j].y : codes[j].w, selector, group[j], b[0], b[1]);
+          fragment_of_codes<T>(slice == 0 ? codes[j].x : codes[j].z,
+                               slice == 0 ? codes[j].y : codes[j].w, selector, group[j], b[0],
+                               b[1]);
 #pragma unroll
           for (int i = 0; i < C::kFragsM; ++i) mma_m16n8k16(sum[i][j], a[i], b, T());
         }

@@ -36,6 +36,9 @@ template <>
 struct HalfFormat<__half> {
   using Pair = __half2;
   static constexpr float kLowMagic = 1024.f, kHighMagic = 64.f;
+  // -1032 and -72: minus (magic + 8) of low and high codes
+  static constexpr uint32_t kMinusLow8 = 0xE408E408u, kMinusHigh8 = 0xD480D480u;
+  static constexpr uint32_t kMinusBoth8 = 0xD480E408u;
   static constexpr float kMaxWhole = 960.f;  // 1024 + whole is exact in fp16
 };
 
@@ -43,6 +46,8 @@ template <>
 struct HalfFormat<__nv_bfloat16> {
   using Pair = __nv_bfloat162;
   static constexpr float kLowMagic = 128.f, kHighMagic = 128.f;
+  static constexpr uint32_t kMinusLow8 = 0xC308C308u, kMinusHigh8 = 0xC308C308u;  // -136
+  static constexpr uint32_t kMinusBoth8 = 0xC308C308u;
   static constexpr float kMaxWhole = 120.f;  // 128 + whole and q - whole are exact in bf16
 };
 
@@ -50,18 +55,33 @@ struct HalfFormat<__nv_bfloat16> {
 template <typename T>
 struct GroupScale {
   using Pair = typename HalfFormat<T>::Pair;
-  Pair minus_offset;  // -(magic + whole), low and high code
+  Pair minus_low, minus_high;  // -(magic + whole) for the two registers of a fragment
   Pair scale;
   Pair rest;
+};
 
-  __device__ __forceinline__ void set(float scale_value, float zero_value) {
-    constexpr float kMax = HalfFormat<T>::kMaxWhole;
-    const float whole = fminf(fmaxf(rintf(zero_value), -kMax), kMax);
-    minus_offset.x = from_float<T>(-(HalfFormat<T>::kLowMagic + whole));
-    minus_offset.y = from_float<T>(-(HalfFormat<T>::kHighMagic + whole));
-    scale.x = scale.y = from_float<T>(scale_value);
-    rest.x = rest.y = from_float<T>((whole - zero_value) * scale_value);
-  }
+// is_split: one register has low codes and the other high ones; else both have a low and a high one.
+template <typename T>
+__device__ __forceinline__ GroupScale<T> group_scale(float scale, float zero, bool is_split) {
+  constexpr float kMax = HalfFormat<T>::kMaxWhole;
+  const float whole = fminf(fmaxf(rintf(zero), -kMax), kMax);
+  const T low = from_float<T>(-(HalfFormat<T>::kLowMagic + whole));
+  const T high = from_float<T>(-(HalfFormat<T>::kHighMagic + whole));
+  const T scale_value = from_float<T>(scale), rest = from_float<T>((whole - zero) * scale);
+  GroupScale<T> group;
+  group.minus_low = {low, is_split ? low : high};
+  group.minus_high = {is_split ? high : low, high};
+  group.scale = {scale_value, scale_value};
+  group.rest = {rest, rest};
+  return group;
+}
+
+// The same where every zero point is 8.
+template <typename T>
+struct SymmetricScale {
+  using Pair = typename HalfFormat<T>::Pair;
+  Pair minus_low, minus_high;
+  Pair scale;
 };
 
 // Selector for __byte_perm(word 0, word 1): byte t of both, twice.
@@ -84,30 +104,105 @@ __device__ __forceinline__ uint32_t bits_of_pair(Pair pair) {
 }
 
 template <typename T>
-__device__ __forceinline__ uint32_t scaled_pair(uint32_t magic_codes, const GroupScale<T>& group) {
+__device__ __forceinline__ SymmetricScale<T> symmetric_scale(uint32_t scale_bits, bool is_split) {
+  using Format = HalfFormat<T>;
+  using Pair = typename Format::Pair;
+  return {pair_of_bits<Pair>(is_split ? Format::kMinusLow8 : Format::kMinusBoth8),
+          pair_of_bits<Pair>(is_split ? Format::kMinusHigh8 : Format::kMinusBoth8),
+          pair_of_bits<Pair>(scale_bits)};
+}
+
+template <typename T>
+__device__ __forceinline__ uint32_t scaled_pair(uint32_t magic_codes,
+                                                typename HalfFormat<T>::Pair minus_offset,
+                                                const GroupScale<T>& group) {
   using Pair = typename HalfFormat<T>::Pair;
-  const Pair difference = __hadd2(pair_of_bits<Pair>(magic_codes), group.minus_offset);
+  const Pair difference = __hadd2(pair_of_bits<Pair>(magic_codes), minus_offset);
   return bits_of_pair(__hfma2(difference, group.scale, group.rest));
 }
 
-// The two registers of one row and 16 k: k = 2t, 2t+1 in low, k = 2t+8, 2t+9 in high.
-__device__ __forceinline__ void fragment_of_codes(uint32_t word_0, uint32_t word_1,
-                                                  uint32_t selector,
-                                                  const GroupScale<__half>& group, uint32_t& low,
-                                                  uint32_t& high) {
-  const uint32_t codes = __byte_perm(word_0, word_1, selector);
-  low = scaled_pair<__half>((codes & 0x00F0000Fu) | 0x54006400u, group);
-  high = scaled_pair<__half>(((codes >> 8) & 0x00F0000Fu) | 0x54006400u, group);
+template <typename T>
+__device__ __forceinline__ uint32_t scaled_pair(uint32_t magic_codes,
+                                                typename HalfFormat<T>::Pair minus_offset,
+                                                const SymmetricScale<T>& group) {
+  using Pair = typename HalfFormat<T>::Pair;
+  const Pair difference = __hadd2(pair_of_bits<Pair>(magic_codes), minus_offset);
+  return bits_of_pair(__hmul2(difference, group.scale));
 }
 
+// (a & kMask) | kBits in one instruction.
+template <uint32_t kMask, uint32_t kBits>
+__device__ __forceinline__ uint32_t and_or(uint32_t a) {
+  uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(a), "n"(kMask), "n"(kBits));
+  return d;
+}
+
+// Bytes b0, b1, b0, b1 (from the low end) to codes below their magic exponents: even and odd k of b0
+// in low, of b1 in high.
+__device__ __forceinline__ void magic_of_bytes(uint32_t bytes, uint32_t& low, uint32_t& high,
+                                               __half) {
+  low = and_or<0x00F0000Fu, 0x54006400u>(bytes);
+  high = and_or<0x00F0000Fu, 0x54006400u>(bytes >> 8);
+}
+
+__device__ __forceinline__ void magic_of_bytes(uint32_t bytes, uint32_t& low, uint32_t& high,
+                                               __nv_bfloat16) {
+  uint32_t codes;  // low half from bytes, high half from bytes >> 4
+  asm("lop3.b32 %0, %1, %2, %3, 0xE4;" : "=r"(codes) : "r"(bytes), "r"(bytes >> 4), "n"(0xFFFF));
+  low = and_or<0x000F000Fu, 0x43004300u>(codes);
+  high = and_or<0x000F000Fu, 0x43004300u>(codes >> 8);
+}
+
+// Codes 0, 4 | 1, 5 | 2, 6 | 3, 7 of a word below their magic exponents.
+__device__ __forceinline__ void magic_of_word(uint32_t word, uint32_t (&codes)[4], __half) {
+  codes[0] = and_or<0x000F000Fu, 0x64006400u>(word);
+  codes[1] = and_or<0x00F000F0u, 0x54005400u>(word);
+  codes[2] = and_or<0x000F000Fu, 0x64006400u>(word >> 8);
+  codes[3] = and_or<0x00F000F0u, 0x54005400u>(word >> 8);
+}
+
+__device__ __forceinline__ void magic_of_word(uint32_t word, uint32_t (&codes)[4], __nv_bfloat16) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) codes[i] = and_or<0x000F000Fu, 0x43004300u>(word >> (4 * i));
+}
+
+// The same pairs as integers: HalfFormat::kHighMagic + code, nothing subtracted.
+__device__ __forceinline__ void offset_codes_of_word(uint32_t word, uint32_t (&codes)[4], __half) {
+  codes[0] = and_or<0x00F000F0u, 0x54005400u>(word << 4);
+  codes[1] = and_or<0x00F000F0u, 0x54005400u>(word);
+  codes[2] = and_or<0x00F000F0u, 0x54005400u>(word >> 4);
+  codes[3] = and_or<0x00F000F0u, 0x54005400u>(word >> 8);
+}
+
+__device__ __forceinline__ void offset_codes_of_word(uint32_t word, uint32_t (&codes)[4],
+                                                     __nv_bfloat16) {
+  magic_of_word(word, codes, __nv_bfloat16());
+}
+
+// The two registers of one row and 16 k: k = 2t, 2t+1 in low, k = 2t+8, 2t+9 in high. The group is
+// not split.
+template <typename T, template <typename> class Group>
 __device__ __forceinline__ void fragment_of_codes(uint32_t word_0, uint32_t word_1,
-                                                  uint32_t selector,
-                                                  const GroupScale<__nv_bfloat16>& group,
+                                                  uint32_t selector, const Group<T>& group,
                                                   uint32_t& low, uint32_t& high) {
-  const uint32_t bytes = __byte_perm(word_0, word_1, selector);
-  const uint32_t codes = (bytes & 0x0000FFFFu) | ((bytes >> 4) & 0xFFFF0000u);
-  low = scaled_pair<__nv_bfloat16>((codes & 0x000F000Fu) | 0x43004300u, group);
-  high = scaled_pair<__nv_bfloat16>(((codes >> 8) & 0x000F000Fu) | 0x43004300u, group);
+  magic_of_bytes(__byte_perm(word_0, word_1, selector), low, high, T());
+  low = scaled_pair<T>(low, group.minus_low, group);
+  high = scaled_pair<T>(high, group.minus_low, group);
+}
+
+// The registers of one row and two times 16 k from one word, where x is permuted to match:
+// k = 0, 4 | 1, 5 and 2, 6 | 3, 7 of the word. The group is split.
+template <typename T, template <typename> class Group>
+__device__ __forceinline__ void fragments_of_word(uint32_t word, const Group<T>& group,
+                                                  uint32_t& low_0, uint32_t& high_0,
+                                                  uint32_t& low_1, uint32_t& high_1) {
+  uint32_t codes[4];
+  magic_of_word(word, codes, T());
+  low_0 = scaled_pair<T>(codes[0], group.minus_low, group);
+  high_0 = scaled_pair<T>(codes[1], group.minus_high, group);
+  low_1 = scaled_pair<T>(codes[2], group.minus_low, group);
+  high_1 = scaled_pair<T>(codes[3], group.minus_high, group);
 }
 
 }  // namespace cuda_int4

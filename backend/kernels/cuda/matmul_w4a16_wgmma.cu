@@ -1,0 +1,879 @@
+// matmul_w4a16_wgmma -- y[m, n] = sum_k x[m, k] * (q[n, k] - zero_point[n, g]) * scale[n, g]
+//                                 + bias[n],  g = k / group_size
+//
+//   operand     dtype               shape          order in memory                              align
+//   x           f16 | bf16          [M, K]         row-major                                    16 B
+//   qdata       u8                  [N, K/2]       row-major; even k in the low nibble          16 B
+//   scale       f16 | bf16 | f32    [N, n_groups]  row-major                                    dtype
+//   zero_point  of scale | f32      [N, n_groups]  row-major; absent means 8                    dtype
+//   bias        dtype of x          [N]            contiguous; absent means 0                   2 B
+//   y (out)     dtype of x          [M, N]         row-major                                    2 B
+//   scratch     flags, f32          wgmma_scratch_bytes; neither cleared before nor after       64 B
+//
+// Requires  sm_90a; K % 32 == 0; group_size in {32, 64, 128, 256} or K; M, N, K < 2^31
+// Grid      persistent, one block a multiprocessor: y^T = W x^T in tiles of kRows weight rows x kTokens
+//           rows of x. Whole tiles while there are enough for all blocks; what is left is cut into
+//           equal ranges of k (stream-K), where the block with a tile's last k adds up the others'
+//           partial sums, in the order of k. It only ever waits for blocks of lower index.
+// Block     2 or 4 consumer warpgroups (wgmma, weights from registers) and one producer warpgroup: one
+//           thread feeds a ring of stages (codes and x, by the copy engine), three warps stage the
+//           scales and, where kOrder says so, permute x in shared memory
+// Bytes     reads qdata and scales once per kTokens rows of x, x once per kRows weight rows (L2);
+//           bound by memory and by decoding up to M = 64, by the tensor cores above
+// Numerics  fp32 sums. kPlain, kPermuted: weights rounded once to the dtype of x (w4a16_fragments.cuh),
+//           scales of another dtype once more. kGroupSums: weights are not rounded at all; a group's
+//           sum of x * (offset + q) is scaled in fp32. One rounding at the store. Same inputs on the
+//           same GPU, same bits
+// Source    direct; PTX ISA, wgmma and cp.async.bulk.tensor; stream-K: Osama et al., 2023
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+
+#include "matmul_w4a16.cuh"
+#include "numeric.cuh"
+#include "ptx.cuh"
+#include "w4a16_fragments.cuh"
+
+#pragma nv_diag_suppress 177  // below sm_90a the kernel is empty, and what it calls unused
+
+namespace cuda_int4 {
+
+namespace {
+
+constexpr int kChunkK = 32;        // codes of a row in 16 bytes
+constexpr int kUnitK = 64;         // k of one 128-byte row of x in shared memory
+constexpr int kGroups = 4;         // of a weight row, staged together
+constexpr int kScaleThreads = 96;  // producers that stage scales and permute x
+constexpr int kFlagBytes = 8192;
+constexpr int kMaxBlocks = kFlagBytes / 8;
+constexpr int kSharedLimit = 227 * 1024;
+// What a block writes to its flag when its partial sums are there. Scratch is not cleared: these are 64
+// bits that nothing writes by accident, and who waits for them puts 0 in their place, so that the next
+// launch does not find them. A kernel that clears flags first costs 1 to 2 us a call.
+constexpr uint64_t kPublished = 0xB5297A4D3F84D5E7u;
+
+// How a lane gets its k of the tensor core's fragment. kPlain: the four lanes of a row read the same 16
+// bytes of codes and each takes its bytes (w4a16_fragments.cuh). kPermuted: each lane reads 16 bytes of
+// its own, and the producers permute x to match: a fifth less instructions, for shared-memory traffic
+// that only few rows of x are worth. kGroupSums: permuted, and codes go to the tensor core as they are,
+// offset + q; scale and offset are applied to the sums of a stage: no arithmetic on weights at all.
+enum class Order { kPlain, kPermuted, kGroupSums };
+
+// kWarpgroups of consumers, each with kBlocks blocks of 64 weight rows; kTokens rows of x; kStageK
+// per stage of the ring.
+template <int kWarpgroups_, int kBlocks_, int kTokens_, int kStageK_, Order kOrder_>
+struct Config {
+  static constexpr bool kPermuted = kOrder_ != Order::kPlain;  // x is, in shared memory
+  static constexpr bool kGroupSums = kOrder_ == Order::kGroupSums;
+  static constexpr int kWarpgroups = kWarpgroups_, kBlocks = kBlocks_, kTokens = kTokens_;
+  static constexpr int kStageK = kStageK_;
+  static constexpr int kRows = kWarpgroups * kBlocks * 64;
+  static constexpr int kConsumers = kWarpgroups * 128;
+  static constexpr int kThreads = kConsumers + 128;
+  static constexpr int kSums = kTokens / 2;  // per thread and block of 64 rows
+  static constexpr int kXBytes = kTokens * kStageK * 2;
+  static constexpr int kQRowBytes = kStageK / 2;
+  static constexpr int kQBytes = kRows * kQRowBytes;
+  static constexpr int kStagedTokens = kWarpgroups == 4 || kTokens == 32 ? 32 : 64;
+  static constexpr int kStagingBytes = kWarpgroups * kStagedTokens * 128;
+  static constexpr int kConsumerRegisters = kWarpgroups == 4 ? 104 : 224;
+  static constexpr int kProducerRegisters = kWarpgroups == 4 ? 64 : 56;
+};
+
+struct Params {
+  const void* scale;
+  const void* zero_point;
+  const void* bias;
+  void* y;
+  float* partials;
+  uint64_t* flags;
+  DType scale_dtype, zero_point_dtype;
+  int M, N, n_groups;
+  int tiles_m, n_tiles, stages_per_tile;
+  int whole_waves;  // of tiles that one block computes alone; the rest is cut into equal ranges
+  int n_ring;
+  int stages_per_scales, scales_mask;  // stages of kGroups groups, a power of 2, and that minus 1;
+                                       // both INT32_MAX if a row is one group
+  int chunks_per_group_log2;           // 31 if a row is one group
+};
+
+// The pieces of work of one block, in order: whole tiles, then its range of the rest from the end.
+struct Schedule {
+  int wave = 0, waves, block, grid, stages;
+  int64_t first_tile, begin, cursor;
+
+  __device__ __forceinline__ explicit Schedule(const Params& p)
+      : waves(p.whole_waves), block(blockIdx.x), grid(gridDim.x), stages(p.stages_per_tile) {
+    first_tile = int64_t{waves} * grid;
+    units = (p.n_tiles - first_tile) * stages;
+    begin = begin_of(block);
+    cursor = begin_of(block + 1);
+  }
+  int64_t units;
+  __device__ __forceinline__ int64_t begin_of(int b) const { return units * b / grid; }
+
+  // Stages [k_begin, k_end) of `tile`.
+  int tile, k_begin, k_end;
+  __device__ __forceinline__ bool next() {
+    if (wave < waves) {
+      tile = wave++ * grid + block;
+      k_begin = 0;
+      k_end = stages;
+      return true;
+    }
+    if (cursor <= begin) return false;
+    const int64_t rest_tile = (cursor - 1) / stages, start = rest_tile * stages;
+    tile = static_cast<int>(first_tile + rest_tile);
+    k_end = static_cast<int>(cursor - start);
+    k_begin = begin > start ? static_cast<int>(begin - start) : 0;
+    cursor = start + k_begin;
+    return true;
+  }
+};
+
+__device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
+  while (!mbarrier_try_wait(barrier, parity)) {
+  }
+}
+
+// Matrix descriptor of the B operand: rows of 128 bytes, 128-byte swizzle, 8 rows 1024 bytes apart. The
+// high word is the same for all.
+constexpr uint32_t kDescriptorHigh = (1u << 30) | (1024 >> 4);
+__device__ __forceinline__ uint32_t descriptor_of(uint32_t shared) {
+  return (1u << 16) | ((shared & 0x3FFFF) >> 4);
+}
+__device__ __forceinline__ uint64_t whole_descriptor(uint32_t low) {
+  return (uint64_t{kDescriptorHigh} << 32) | low;
+}
+
+// The instruction of each width, by number.
+template <int kTokens>
+struct Wgmma;
+#define CUDA_INT4_WGMMA(n)                                                                \
+  template <>                                                                             \
+  struct Wgmma<n> {                                                                       \
+    template <typename T>                                                                 \
+    static __device__ __forceinline__ void run(float (&d)[n / 2], const uint32_t (&a)[4], \
+                                               uint32_t b) {                              \
+      wgmma_m64n##n##k16(d, a, whole_descriptor(b), T());                                 \
+    }                                                                                     \
+  };
+CUDA_INT4_WGMMA(32)
+CUDA_INT4_WGMMA(64)
+CUDA_INT4_WGMMA(128)
+CUDA_INT4_WGMMA(256)
+#undef CUDA_INT4_WGMMA
+
+// Rows of 128, 64 or 32 bytes as the copy engine swizzles them: the 16-byte column of a row is xored
+// with this.
+template <int kRowBytes>
+__device__ __forceinline__ int swizzle_of(int row) {
+  if (kRowBytes == 128) return row & 7;
+  if (kRowBytes == 64) return (row >> 1) & 3;
+  return (row >> 2) & 1;
+}
+
+// The bits of elements index, index + step, .. while row, row + row_step, .. is below rows; 0 after.
+template <typename Bits, int kCount>
+__device__ __forceinline__ void load_bits_of(const void* data, int64_t index, int64_t step, int row,
+                                             int rows, int row_step, uint32_t (&bits)[kCount]) {
+  const Bits* from = static_cast<const Bits*>(data) + index;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    bits[i] = row + i * row_step < rows ? from[i * step] : Bits{0};
+  }
+}
+
+template <int kCount>
+__device__ __forceinline__ void load_bits(const void* data, int64_t index, int64_t step,
+                                          DType dtype, int row, int rows, int row_step,
+                                          uint32_t (&bits)[kCount]) {
+  if (dtype == DType::kFloat32) {
+    load_bits_of<uint32_t>(data, index, step, row, rows, row_step, bits);
+  } else {
+    load_bits_of<uint16_t>(data, index, step, row, rows, row_step, bits);
+  }
+}
+
+__device__ __forceinline__ float float_of_bits(uint32_t bits, DType dtype) {
+  if (dtype == DType::kFloat16) return __half2float(__ushort_as_half(bits));
+  return __uint_as_float(dtype == DType::kBFloat16 ? bits << 16 : bits);
+}
+
+// What the consumers need of a group's scale and zero point, as it lies in shared memory: for fp16 or
+// bf16 weights with zero points, without them, and for sums of groups.
+template <typename T, bool kHasZero, bool kGroupSums>
+struct Staged {
+  using Group = GroupScale<T>;
+  static constexpr int kBytes = 16;
+  static __device__ __forceinline__ void store(uint8_t* to, float scale, float zero, bool split) {
+    const Group group = group_scale<T>(scale, zero, split);
+    *reinterpret_cast<uint4*>(to) =
+        make_uint4(bits_of_pair(group.minus_low), bits_of_pair(group.minus_high),
+                   bits_of_pair(group.scale), bits_of_pair(group.rest));
+  }
+  static __device__ __forceinline__ Group load(const uint8_t* from, bool) {
+    using Pair = typename HalfFormat<T>::Pair;
+    const uint4 bits = *reinterpret_cast<const uint4*>(from);
+    return {pair_of_bits<Pair>(bits.x), pair_of_bits<Pair>(bits.y), pair_of_bits<Pair>(bits.z),
+            pair_of_bits<Pair>(bits.w)};
+  }
+};
+
+template <typename T>
+struct Staged<T, false, false> {
+  using Group = SymmetricScale<T>;
+  using Pair = typename HalfFormat<T>::Pair;
+  static constexpr int kBytes = 4;
+  static __device__ __forceinline__ void store(uint8_t* to, float scale, float, bool) {
+    const T value = from_float<T>(scale);
+    *reinterpret_cast<uint32_t*>(to) = bits_of_pair(Pair{value, value});
+  }
+  static __device__ __forceinline__ Group load(const uint8_t* from, bool split) {
+    return symmetric_scale<T>(*reinterpret_cast<const uint32_t*>(from), split);
+  }
+};
+
+// sum x * w = scale * (sum x * (offset + q)) - scale * (offset + zero_point) * sum x
+template <typename T, bool kHasZero>
+struct Staged<T, kHasZero, true> {
+  using Group = float2;
+  static constexpr int kBytes = 8;
+  static __device__ __forceinline__ void store(uint8_t* to, float scale, float zero, bool) {
+    *reinterpret_cast<float2*>(to) =
+        make_float2(scale, -(HalfFormat<T>::kHighMagic + zero) * scale);
+  }
+  static __device__ __forceinline__ Group load(const uint8_t* from, bool) {
+    return *reinterpret_cast<const float2*>(from);
+  }
+};
+
+// 8 rows of x and 128 k, in two halves of 64 k, to the order of the codes in consumers' registers:
+// lane t of a row holds k = 32t .. 32t+31, and takes from its word i the k's 0, 4 | 1, 5 of slice 2i
+// and 2, 6 | 3, 7 of slice 2i + 1. Lanes are 8 rows x 4 words i. Unless sums is null, it gets the sum
+// of each row.
+template <typename T>
+__device__ __forceinline__ void permute_tokens(uint8_t* x, int half_bytes, int lane, float* sums) {
+  const int row = lane % 8, i = lane / 8;
+  auto at = [&](int column) {  // 16 bytes: k = 8 * column ..
+    return reinterpret_cast<uint4*>(x + column / 8 * half_bytes + row * 128 +
+                                    (((column % 8) ^ row) * 16));
+  };
+  uint4 from[4];
+#pragma unroll
+  for (int t = 0; t < 4; ++t) from[t] = *at(4 * t + i);
+  __syncwarp();
+  if (sums != nullptr) {
+    using Pair = typename HalfFormat<T>::Pair;
+    float sum = 0.f;
+#pragma unroll
+    for (int t = 0; t < 4; ++t) {
+      const uint32_t words[4] = {from[t].x, from[t].y, from[t].z, from[t].w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const Pair pair = pair_of_bits<Pair>(words[j]);
+        sum += as_float(pair.x) + as_float(pair.y);
+      }
+    }
+    sum += __shfl_xor_sync(0xffffffffu, sum, 8);
+    sum += __shfl_xor_sync(0xffffffffu, sum, 16);
+    if (lane < 8) sums[lane] = sum;
+  }
+  uint32_t to[4][4];
+#pragma unroll
+  for (int t = 0; t < 4; ++t) {
+    to[0][t] = __byte_perm(from[t].x, from[t].z, 0x5410);
+    to[1][t] = __byte_perm(from[t].x, from[t].z, 0x7632);
+    to[2][t] = __byte_perm(from[t].y, from[t].w, 0x5410);
+    to[3][t] = __byte_perm(from[t].y, from[t].w, 0x7632);
+  }
+#pragma unroll
+  for (int j = 0; j < 4; ++j) *at(4 * i + j) = make_uint4(to[j][0], to[j][1], to[j][2], to[j][3]);
+}
+
+template <typename T, typename C, bool kHasZero>
+__global__ void __launch_bounds__(C::kThreads, 1)
+    matmul_w4a16_wgmma_kernel(const __grid_constant__ CUtensorMap x_map,
+                              const __grid_constant__ CUtensorMap q_map, const Params p) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  extern __shared__ uint8_t shared_bytes[];
+  using StagedScale = Staged<T, kHasZero, C::kGroupSums>;
+  using Group = typename StagedScale::Group;
+  constexpr int kScaleBytes = StagedScale::kBytes;
+  constexpr int kScaleRowBytes = (kGroups + 1) * kScaleBytes;  // one more: no bank conflicts
+  constexpr int kScaleBlockBytes = C::kRows * kScaleRowBytes;
+  constexpr int kStageBytes = C::kXBytes + C::kQBytes;
+  uint8_t* ring = shared_bytes + (1024 - shared_address(shared_bytes) % 1024) % 1024;
+  uint8_t* scales = ring + p.n_ring * kStageBytes;
+  uint8_t* staging = scales + 2 * kScaleBlockBytes;
+  const uint32_t ring_address = shared_address(ring);
+  const uint32_t scales_full = shared_address(staging) + C::kStagingBytes;
+  const uint32_t scales_empty = scales_full + 16;
+  const uint32_t full = scales_empty + 16;
+  const uint32_t empty = full + p.n_ring * 8;
+  const uint32_t permuted = empty + p.n_ring * 8;
+  float* x_sums = reinterpret_cast<float*>(staging + C::kStagingBytes + 32 + p.n_ring * 24);
+  const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x % 128 / 32, 0);
+  const int lane = threadIdx.x % 32;
+
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < p.n_ring; ++i) {
+      mbarrier_init(full + 8 * i, 1);
+      mbarrier_init(empty + 8 * i, C::kConsumers / 32);
+      mbarrier_init(permuted + 8 * i, kScaleThreads / 32);
+    }
+    for (int i = 0; i < 2; ++i) {
+      mbarrier_init(scales_full + 8 * i, kScaleThreads / 32);
+      mbarrier_init(scales_empty + 8 * i, C::kConsumers / 32);
+    }
+    fence_mbarrier_init();
+  }
+  __syncthreads();
+  Schedule work(p);
+  int slot = 0;
+  uint32_t phase = 0;
+  auto advance = [&] {
+    if (++slot == p.n_ring) {
+      slot = 0;
+      phase ^= 1;
+    }
+  };
+
+  if (warpgroup == C::kWarpgroups) {  // ---- producers ----
+    setmaxnreg_dec<C::kProducerRegisters>();
+    if (warp == 0) {
+      if (lane == 0) {
+        prefetch_tensormap(&x_map);
+        prefetch_tensormap(&q_map);
+        while (work.next()) {
+          const int m0 = work.tile % p.tiles_m * C::kTokens;
+          const int n0 = work.tile / p.tiles_m * C::kRows;
+          for (int stage = work.k_begin; stage < work.k_end; ++stage) {
+            wait(empty + 8 * slot, phase ^ 1);
+            const uint32_t barrier = full + 8 * slot, at = ring_address + slot * kStageBytes;
+            mbarrier_arrive_expect_tx(barrier, C::kXBytes + C::kQBytes);
+            cp_async_bulk_tensor_2d(at + C::kXBytes, &q_map, stage * C::kQRowBytes, n0, barrier);
+#pragma unroll
+            for (int unit = 0; unit < C::kStageK / kUnitK; ++unit) {
+              cp_async_bulk_tensor_2d(at + unit * C::kTokens * 128, &x_map,
+                                      stage * C::kStageK + unit * kUnitK, m0, barrier);
+            }
+            advance();
+          }
+        }
+      }
+    } else {  // scales and zero points, as the consumers want them
+      const int thread = threadIdx.x - C::kConsumers - 32;
+      int scale_slot = 0;
+      uint32_t scale_phase = 0;
+      // Thread i takes group i % kGroups of the rows i / kGroups, + kRowStep, + 2 * kRowStep ..
+      constexpr int kRowStep = kScaleThreads / kGroups;
+      constexpr int kItems = (C::kRows + kRowStep - 1) / kRowStep;
+      const int my_row = thread / kGroups, my_group = thread % kGroups;
+      uint32_t scale[kItems], zero[kHasZero ? kItems : 1];
+      auto fetch = [&](int n0, int block) {
+        const int group = block * kGroups + my_group;
+        const int rows = group < p.n_groups ? min(p.N - n0, C::kRows) : 0;
+        const int64_t index = int64_t{n0 + my_row} * p.n_groups + group;
+        const int64_t step = int64_t{kRowStep} * p.n_groups;
+        load_bits(p.scale, index, step, p.scale_dtype, my_row, rows, kRowStep, scale);
+        if (kHasZero) {
+          load_bits(p.zero_point, index, step, p.zero_point_dtype, my_row, rows, kRowStep, zero);
+        }
+      };
+      auto publish = [&] {
+        wait(scales_empty + 8 * scale_slot, scale_phase ^ 1);
+        uint8_t* to = scales + scale_slot * kScaleBlockBytes + my_row * kScaleRowBytes +
+                      my_group * kScaleBytes;
+#pragma unroll
+        for (int i = 0; i < kItems; ++i) {
+          if (my_row + i * kRowStep < C::kRows) {
+            StagedScale::store(
+                to + i * kRowStep * kScaleRowBytes, float_of_bits(scale[i], p.scale_dtype),
+                kHasZero ? float_of_bits(zero[kHasZero ? i : 0], p.zero_point_dtype) : 8.f,
+                C::kPermuted);
+          }
+        }
+        __syncwarp();
+        if (lane == 0) mbarrier_arrive(scales_full + 8 * scale_slot);
+        scale_slot ^= 1;
+        scale_phase ^= scale_slot ^ 1;
+      };
+      while (work.next()) {
+        const int n0 = work.tile / p.tiles_m * C::kRows;
+        int block = work.k_begin / p.stages_per_scales;
+        const int last = (work.k_end - 1) / p.stages_per_scales;
+        fetch(n0, block);
+        if (!C::kPermuted) {
+          for (;;) {
+            publish();
+            if (++block > last) break;
+            fetch(n0, block);
+          }
+        } else {
+          for (int k = work.k_begin; k < work.k_end; ++k) {
+            if (k == work.k_begin || (k & p.scales_mask) == 0) {
+              publish();
+              if (++block <= last) fetch(n0, block);
+            }
+            wait(full + 8 * slot, phase);
+            for (int i = warp - 1; i < C::kTokens / 8; i += kScaleThreads / 32) {
+              permute_tokens<T>(ring + slot * kStageBytes + i * 8 * 128, C::kTokens * 128, lane,
+                                C::kGroupSums ? x_sums + slot * C::kTokens + i * 8 : nullptr);
+            }
+            fence_proxy_async();
+            __syncwarp();
+            if (lane == 0) mbarrier_arrive(permuted + 8 * slot);
+            advance();
+          }
+        }
+      }
+    }
+    return;
+  }
+
+  // ---- consumers ----
+  setmaxnreg_inc<C::kConsumerRegisters>();
+  if (threadIdx.x == 0) p.flags[blockIdx.x] = 0;  // scratch may never have been written
+  constexpr int kSlices = 2;                      // of 16 k, between two commits
+  constexpr int kSteps = C::kStageK / 16 / kSlices * C::kBlocks;
+  static_assert(kSteps % 2 == 0, "two fragment buffers take turns");
+  static_assert(C::kStageK <= kChunkK * kGroups, "scales change between stages only");
+  static_assert(!C::kPermuted || (C::kStageK == 128 && C::kBlocks == 1), "permute_tokens");
+  const int g = lane / 4, t = lane % 4;
+  const uint32_t selector = fragment_selector(t);
+  const int first_row = warpgroup * C::kBlocks * 64 + warp * 16 + g;
+  const int swizzle = swizzle_of<C::kQRowBytes>(g);
+  const uint8_t* q_lane = ring + C::kXBytes + first_row * C::kQRowBytes;
+  const uint8_t* scale_lane = scales + first_row * kScaleRowBytes;
+  int scale_slot = 1;
+  uint32_t scale_phase = 1;
+  bool has_scales = false;
+
+  float sum[C::kBlocks][C::kSums];
+  float total[C::kGroupSums ? C::kSums : 1];
+  uint32_t frag[2][kSlices][4];
+  uint4 codes[2];  // of rows g and g + 8: 32 k of the row's, or of this lane's
+  Group group[2];
+  auto load_codes = [&](int k, int step) {  // of stage k of the tile, in slot `slot`
+    if (C::kPermuted && step > 0) return;
+    const int block = step % C::kBlocks, chunk = C::kPermuted ? t : step / C::kBlocks;
+    const int group_slot =
+        ((k * (C::kStageK / kChunkK) + chunk) >> p.chunks_per_group_log2) & (kGroups - 1);
+    const uint8_t* q =
+        q_lane + slot * kStageBytes + block * 64 * C::kQRowBytes + ((chunk ^ swizzle) * 16);
+    const uint8_t* m = scale_lane + scale_slot * kScaleBlockBytes + block * 64 * kScaleRowBytes +
+                       group_slot * kScaleBytes;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      codes[half] = *reinterpret_cast<const uint4*>(q + half * 8 * C::kQRowBytes);
+      if (!C::kGroupSums)
+        group[half] = StagedScale::load(m + half * 8 * kScaleRowBytes, C::kPermuted);
+    }
+  };
+  // Waits for stage k; a tile's first stage and every stages_per_scales-th bring new scales.
+  auto wait_stage = [&](int k, bool is_first) {
+    if (is_first || (k & p.scales_mask) == 0) {
+      __syncwarp();
+      if (has_scales && lane == 0) mbarrier_arrive(scales_empty + 8 * scale_slot);
+      has_scales = true;
+      scale_slot ^= 1;
+      scale_phase ^= scale_slot ^ 1;
+      wait(scales_full + 8 * scale_slot, scale_phase);
+    }
+    wait(full + 8 * slot, phase);
+    if (C::kPermuted) wait(permuted + 8 * slot, phase);
+  };
+
+  while (work.next()) {
+    const int m0 = work.tile % p.tiles_m * C::kTokens;
+    const int n0 = work.tile / p.tiles_m * C::kRows;
+#pragma unroll
+    for (int b = 0; b < C::kBlocks; ++b) {
+#pragma unroll
+      for (int i = 0; i < C::kSums; ++i) sum[b][i] = 0.f;
+    }
+#pragma unroll
+    for (float& value : total) value = 0.f;
+    wait_stage(work.k_begin, true);
+    load_codes(work.k_begin, 0);
+    int previous = -1;
+    for (int k = work.k_begin; k < work.k_end; ++k) {
+      // the shuffle tells the compiler that this is one value per warp: 20 instructions less per stage
+      const uint32_t x_descriptor =
+          __shfl_sync(0xffffffffu, descriptor_of(ring_address + slot * kStageBytes), 0);
+      const int current = slot;
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        uint32_t (&a)[kSlices][4] = frag[step % 2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const uint4 c = codes[half];
+          const uint32_t word = step == 0 ? c.x : step == 1 ? c.y : step == 2 ? c.z : c.w;
+          if constexpr (C::kGroupSums) {
+            uint32_t pairs[4];
+            offset_codes_of_word(word, pairs, T());
+#pragma unroll
+            for (int i = 0; i < 4; ++i) a[i / 2][half + i % 2 * 2] = pairs[i];
+          } else if constexpr (C::kPermuted) {
+            fragments_of_word<T>(word, group[half], a[0][half], a[0][half + 2], a[1][half],
+                                 a[1][half + 2]);
+          } else {
+            fragment_of_codes<T>(c.x, c.y, selector, group[half], a[0][half], a[0][half + 2]);
+            fragment_of_codes<T>(c.z, c.w, selector, group[half], a[1][half], a[1][half + 2]);
+          }
+        }
+        wgmma_fence();
+#pragma unroll
+        for (int s = 0; s < kSlices; ++s) {
+          const int slice = step / C::kBlocks * kSlices + s;  // of the stage
+          const int offset = slice / 4 * C::kTokens * 128 + slice % 4 * 32;
+          const uint32_t b = x_descriptor + (offset >> 4);
+          if constexpr (C::kGroupSums) {
+            wgmma_m64n32k16(sum[0], a[s], whole_descriptor(b), T(), slice > 0);
+          } else {
+            Wgmma<C::kTokens>::template run<T>(sum[step % C::kBlocks], a[s], b);
+          }
+        }
+        wgmma_commit_group();
+        float2 stage_scale[2], stage_x[C::kTokens / 8];
+        if (C::kGroupSums && step + 1 == kSteps) {
+          const int group_slot =
+              ((k * (C::kStageK / kChunkK)) >> p.chunks_per_group_log2) & (kGroups - 1);
+          const uint8_t* m = scale_lane + scale_slot * kScaleBlockBytes + group_slot * kScaleBytes;
+          stage_scale[0] = *reinterpret_cast<const float2*>(m);
+          stage_scale[1] = *reinterpret_cast<const float2*>(m + 8 * kScaleRowBytes);
+#pragma unroll
+          for (int j = 0; j < C::kTokens / 8; ++j) {
+            stage_x[j] =
+                *reinterpret_cast<const float2*>(x_sums + slot * C::kTokens + 8 * j + 2 * t);
+          }
+        }
+        if (step + 1 < kSteps) {
+          load_codes(k, step + 1);
+        } else {
+          advance();
+          if (k + 1 < work.k_end) {
+            wait_stage(k + 1, false);
+            load_codes(k + 1, 0);
+          }
+        }
+        if (C::kGroupSums && step + 1 == kSteps) {
+          wgmma_wait_group<0>();
+          __syncwarp();
+          if (lane == 0) mbarrier_arrive(empty + 8 * current);
+#pragma unroll
+          for (int i = 0; i < C::kSums; ++i) {  // i = 4j + 2 * half + token
+            const float2 scale = stage_scale[i / 2 % 2];
+            const float x_sum = i % 2 == 0 ? stage_x[i / 4].x : stage_x[i / 4].y;
+            float& value = total[C::kGroupSums ? i : 0];
+            value = fmaf(scale.x, sum[0][i], fmaf(scale.y, x_sum, value));
+          }
+        } else {
+          wgmma_wait_group<1>();
+          if (!C::kGroupSums && step == 0 && previous >= 0 && lane == 0) {
+            mbarrier_arrive(empty + 8 * previous);
+          }
+        }
+      }
+      previous = current;
+    }
+    if (C::kGroupSums) {
+#pragma unroll
+      for (int i = 0; i < C::kSums; ++i) sum[0][i] = total[C::kGroupSums ? i : 0];
+    } else {
+      wgmma_wait_group<0>();
+      if (lane == 0) mbarrier_arrive(empty + 8 * previous);
+    }
+
+    const int consumer = threadIdx.x;
+    constexpr int kQuads = C::kBlocks * C::kSums / 4;
+    if (work.k_end < work.stages) {  // the block with the last stage of this tile adds this up
+      float4* partial = reinterpret_cast<float4*>(p.partials) +
+                        int64_t{blockIdx.x} * kQuads * C::kConsumers + consumer;
+#pragma unroll
+      for (int i = 0; i < kQuads; ++i) {
+        const float* s = &sum[i / (C::kSums / 4)][i % (C::kSums / 4) * 4];
+        __stcg(partial + i * C::kConsumers, make_float4(s[0], s[1], s[2], s[3]));
+      }
+      bar_sync(1, C::kConsumers);
+      if (consumer == 0) st_release_gpu(p.flags + blockIdx.x, kPublished);
+      continue;
+    }
+    if (work.k_begin > 0) {
+      const int64_t start = (work.tile - work.first_tile) * work.stages;
+      int first = work.block - 1;  // of the blocks that hold the rest
+      while (work.begin_of(first) > start) --first;
+      for (int b = first + consumer; b < work.block; b += C::kConsumers) {
+        while (ld_acquire_gpu(p.flags + b) != kPublished) {
+        }
+        p.flags[b] = 0;  // as it must be when the next launch begins
+      }
+      bar_sync(1, C::kConsumers);
+      for (int b = work.block - 1; b >= first; --b) {
+        const float4* partial = reinterpret_cast<const float4*>(p.partials) +
+                                int64_t{b} * kQuads * C::kConsumers + consumer;
+#pragma unroll
+        for (int i = 0; i < kQuads; ++i) {
+          const float4 v = __ldcg(partial + i * C::kConsumers);
+          float* s = &sum[i / (C::kSums / 4)][i % (C::kSums / 4) * 4];
+          s[0] += v.x;
+          s[1] += v.y;
+          s[2] += v.z;
+          s[3] += v.w;
+        }
+      }
+    }
+
+    // y: 64 rows x kStagedTokens at a time, transposed through shared memory.
+    uint8_t* out = staging + warpgroup * C::kStagedTokens * 128;
+    const T* bias = static_cast<const T*>(p.bias);
+    T* y = static_cast<T*>(p.y);
+    const bool in_vectors = p.N % 8 == 0 && reinterpret_cast<uintptr_t>(p.y) % 16 == 0;
+    const int thread = threadIdx.x % 128;
+#pragma unroll
+    for (int b = 0; b < C::kBlocks; ++b) {
+      const int n_block = n0 + (warpgroup * C::kBlocks + b) * 64;
+      float bias_of[2] = {0.f, 0.f};
+      if (bias != nullptr) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int n = n_block + warp * 16 + g + half * 8;
+          if (n < p.N) bias_of[half] = as_float(bias[n]);
+        }
+      }
+#pragma unroll
+      for (int first = 0; first < C::kTokens; first += C::kStagedTokens) {
+        bar_sync(2 + warpgroup, 128);  // the last reads of `out` are over
+#pragma unroll
+        for (int j = 0; j < C::kStagedTokens; j += 16) {
+          uint32_t packed[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const float* s = &sum[b][(first + j) / 2 + i * 2];
+            packed[i] = bits_of_pair(typename HalfFormat<T>::Pair{
+                from_float<T>(s[0] + bias_of[i % 2]), from_float<T>(s[1] + bias_of[i % 2])});
+          }
+          const int token = j + lane / 16 * 8 + lane % 8, column = warp * 2 + lane / 8 % 2;
+          stmatrix_x4_trans(shared_address(out + token * 128 + ((column ^ (token & 7)) * 16)),
+                            packed[0], packed[1], packed[2], packed[3]);
+        }
+        bar_sync(2 + warpgroup, 128);
+        const int column = thread % 8, n = n_block + column * 8;
+        if (n < p.N) {
+#pragma unroll 4
+          for (int token = thread / 8; token < C::kStagedTokens; token += 16) {
+            const int m = m0 + first + token;
+            if (m >= p.M) break;
+            const Elems<T, 8> values = *reinterpret_cast<const Elems<T, 8>*>(
+                out + token * 128 + ((column ^ (token & 7)) * 16));
+            T* to = y + int64_t{m} * p.N + n;
+            if (in_vectors) {
+              *reinterpret_cast<Elems<T, 8>*>(to) = values;
+            } else {
+#pragma unroll
+              for (int i = 0; i < 8; ++i) {
+                if (n + i < p.N) to[i] = values.values[i];
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+#else
+  __trap();  // compiled for another architecture than sm_90a
+#endif
+}
+
+using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*,
+                                 const cuuint64_t*, const cuuint64_t*, const cuuint32_t*,
+                                 const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
+                                 CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+// The driver's function, found at run time so that nothing links libcuda.
+EncodeTiled encode_tiled() {
+  static const EncodeTiled function = [] {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
+    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found,
+                                                               12000, cudaEnableDefault, &result);
+    if (error != cudaSuccess || result != cudaDriverEntryPointSuccess) found = nullptr;
+    return reinterpret_cast<EncodeTiled>(found);
+  }();
+  return function;
+}
+
+// A row-major matrix [rows, row_bytes] in boxes of box_rows x box_bytes.
+bool encode_matrix(CUtensorMap* map, const void* data, CUtensorMapDataType type, int element_bytes,
+                   int64_t rows, int64_t row_bytes, int box_rows, int box_bytes) {
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(row_bytes / element_bytes),
+                               static_cast<cuuint64_t>(rows)};
+  const cuuint64_t pitch[1] = {static_cast<cuuint64_t>(row_bytes)};
+  const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_bytes / element_bytes),
+                             static_cast<cuuint32_t>(box_rows)};
+  const cuuint32_t strides[2] = {1, 1};
+  const CUtensorMapSwizzle swizzle = box_bytes == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
+                                     : box_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                                       : CU_TENSOR_MAP_SWIZZLE_32B;
+  return encode_tiled()(map, type, 2, const_cast<void*>(data), sizes, pitch, box, strides,
+                        CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
+
+struct Plan {
+  int tiles_m, n_tiles, stages_per_tile;
+  int grid, whole_waves;
+
+  uint64_t n_cut_tiles() const { return n_tiles - uint64_t(whole_waves) * grid; }
+};
+
+template <typename C>
+Plan plan_of(const MatmulW4A16Args& args, int n_multiprocessors) {
+  Plan plan = {};
+  plan.tiles_m = ceil_div(args.M, C::kTokens);
+  plan.n_tiles = plan.tiles_m * ceil_div(args.N, C::kRows);
+  plan.stages_per_tile = ceil_div(args.K, C::kStageK);
+  plan.grid = std::min(n_multiprocessors, kMaxBlocks);
+  plan.whole_waves = plan.n_tiles / plan.grid;
+  if (plan.whole_waves == 0) {
+    // Few tiles: the same number of blocks to each, if that keeps nine in ten multiprocessors busy.
+    const int blocks_per_tile = std::min(plan.grid / plan.n_tiles, plan.stages_per_tile);
+    const int blocks = plan.n_tiles * blocks_per_tile;
+    if (10 * blocks >= 9 * plan.grid || blocks_per_tile == plan.stages_per_tile) plan.grid = blocks;
+    if (plan.grid == plan.n_tiles) plan.whole_waves = 1;
+  } else if (plan.n_tiles % plan.grid != 0) {
+    --plan.whole_waves;  // the last whole wave and the rest are cut together
+  }
+  return plan;
+}
+
+template <typename C>
+uint64_t scratch_bytes_of(const MatmulW4A16Args& args, int n_multiprocessors) {
+  const Plan plan = plan_of<C>(args, n_multiprocessors);
+  return kFlagBytes + (plan.n_cut_tiles() == 0
+                           ? 0
+                           : uint64_t(plan.grid) * C::kRows * C::kTokens * sizeof(float));
+}
+
+template <typename T, typename C, bool kHasZero>
+cudaError_t launch_config(const MatmulW4A16Args& args, void* scratch, int n_multiprocessors,
+                          cudaStream_t stream) {
+  const Plan plan = plan_of<C>(args, n_multiprocessors);
+  Params p = {};
+  p.scale = args.scale;
+  p.zero_point = args.zero_point;
+  p.bias = args.bias;
+  p.y = args.y;
+  p.flags = static_cast<uint64_t*>(scratch);
+  p.partials = reinterpret_cast<float*>(static_cast<uint8_t*>(scratch) + kFlagBytes);
+  p.scale_dtype = args.scale_dtype;
+  p.zero_point_dtype = args.zero_point_dtype;
+  p.M = static_cast<int>(args.M);
+  p.N = static_cast<int>(args.N);
+  p.n_groups = static_cast<int>(args.K / args.group_size);
+  p.tiles_m = plan.tiles_m;
+  p.n_tiles = plan.n_tiles;
+  p.stages_per_tile = plan.stages_per_tile;
+  p.whole_waves = plan.whole_waves;
+  const int group_size = static_cast<int>(args.group_size);
+  p.stages_per_scales = p.scales_mask = INT32_MAX;
+  p.chunks_per_group_log2 = 31;
+  if (p.n_groups > 1) {
+    p.stages_per_scales = group_size * kGroups / C::kStageK;
+    p.scales_mask = p.stages_per_scales - 1;
+    p.chunks_per_group_log2 = 0;
+    while (kChunkK << p.chunks_per_group_log2 < group_size) ++p.chunks_per_group_log2;
+  }
+  constexpr int kStageBytes = C::kXBytes + C::kQBytes + 3 * 8 + 4 * C::kTokens;
+  constexpr int kOtherBytes =
+      1024 + 2 * C::kRows * (kGroups + 1) * Staged<T, kHasZero, C::kGroupSums>::kBytes +
+      C::kStagingBytes + 4 * 8;
+  p.n_ring = std::min((kSharedLimit - kOtherBytes) / kStageBytes, 12);
+  const int shared = kOtherBytes + p.n_ring * kStageBytes;
+
+  CUtensorMap x_map, q_map;
+  const CUtensorMapDataType type = args.dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                                 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  if (!encode_matrix(&x_map, args.x, type, 2, args.M, args.K * 2, C::kTokens, 128) ||
+      !encode_matrix(&q_map, args.qdata, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, args.N, args.K / 2,
+                     C::kRows, C::kQRowBytes)) {
+    return cudaErrorInvalidValue;
+  }
+  const auto kernel = matmul_w4a16_wgmma_kernel<T, C, kHasZero>;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  if (error != cudaSuccess) return error;
+  kernel<<<plan.grid, C::kThreads, shared, stream>>>(x_map, q_map, p);
+  return cudaGetLastError();
+}
+
+// Calls f with the configuration for this shape. What each is worth: kernels/README.md.
+template <typename F>
+auto with_config(const MatmulW4A16Args& args, F f) {
+  const bool is_wide = args.N >= 8192;
+  if (args.M <= 32) {
+    // one group to a stage of 128 k
+    if (args.group_size % 128 == 0 || args.group_size == args.K) {
+      return is_wide ? f(Config<4, 1, 32, 128, Order::kGroupSums>())
+                     : f(Config<2, 1, 32, 128, Order::kGroupSums>());
+    }
+    return is_wide ? f(Config<4, 1, 32, 128, Order::kPermuted>())
+                   : f(Config<2, 1, 32, 128, Order::kPermuted>());
+  }
+  if (args.M <= 64) {
+    return is_wide ? f(Config<4, 1, 64, 128, Order::kPermuted>())
+                   : f(Config<2, 1, 64, 128, Order::kPermuted>());
+  }
+  // A row of x costs a tenth more in tiles of 128, which waste fewer of them.
+  const int64_t tokens_128 = (args.M + 127) / 128 * 128, tokens_256 = (args.M + 255) / 256 * 256;
+  const bool is_small = args.M <= 256 && args.N <= 4096 && args.K <= 8192;
+  if (11 * tokens_128 < 10 * tokens_256 || is_small) {
+    return f(Config<2, 1, 128, 128, Order::kPlain>());
+  }
+  return f(Config<2, 1, 256, 64, Order::kPlain>());
+}
+
+template <typename T>
+cudaError_t launch(const MatmulW4A16Args& args, void* scratch, int n_multiprocessors,
+                   cudaStream_t stream) {
+  return with_config(args, [&](auto config) {
+    using C = decltype(config);
+    return args.zero_point == nullptr
+               ? launch_config<T, C, false>(args, scratch, n_multiprocessors, stream)
+               : launch_config<T, C, true>(args, scratch, n_multiprocessors, stream);
+  });
+}
+
+}  // namespace
+
+bool can_matmul_w4a16_wgmma(const MatmulW4A16Args& args) {
+  return reinterpret_cast<uintptr_t>(args.x) % 16 == 0 && args.M < INT32_MAX &&
+         args.N < INT32_MAX && args.K < INT32_MAX &&
+         (args.M / 32 + 1) * (args.N / 64 + 1) < INT32_MAX && encode_tiled() != nullptr;
+}
+
+uint64_t matmul_w4a16_wgmma_scratch_bytes(const MatmulW4A16Args& args, int n_multiprocessors) {
+  return with_config(args, [&](auto config) {
+    return scratch_bytes_of<decltype(config)>(args, n_multiprocessors);
+  });
+}
+
+cudaError_t launch_matmul_w4a16_wgmma(const MatmulW4A16Args& args, void* scratch,
+                                      int n_multiprocessors, cudaStream_t stream) {
+  switch (args.dtype) {
+    case DType::kFloat16:
+      return launch<__half>(args, scratch, n_multiprocessors, stream);
+    case DType::kBFloat16:
+      return launch<__nv_bfloat16>(args, scratch, n_multiprocessors, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace cuda_int4
