@@ -97,7 +97,7 @@ void convolution(KernelRuntimeContext& context, Stack stack) {
                             ? (in - 1) * w.stride[d] - 2 * w.padding[d] + span + output_padding[d]
                         : room < 0 ? 0
                                    : room / w.stride[d] + 1;
-    expect(a, w.kernel[d] > 0 && args.out_sizes[d] > 0,
+    expect(a, w.kernel[d] > 0 && args.out_sizes[d] > 0 && args.out_sizes[d] <= kMaxDim,
            "expected input of at least the kernel's size, got input %s and weight %s; fix the call",
            ShapeText(x).text, ShapeText(weight).text);
     sizes[x.ndim - 2 + d] = args.out_sizes[d];
@@ -164,8 +164,8 @@ void slide(OpArguments& a, const TensorView& x, bool ceil_mode, PoolArgs* args) 
     int64_t out = room < 0 ? 0 : (room + (ceil_mode ? w.stride[d] - 1 : 0)) / w.stride[d] + 1;
     // The last window starts inside, or in the padding before it.
     if (ceil_mode && (out - 1) * w.stride[d] >= args->in_sizes[d] + w.padding[d]) --out;
-    expect(a, out > 0, "expected self of at least the kernel's size, got %s; fix the call",
-           ShapeText(x).text);
+    expect(a, out > 0 && out <= kMaxDim,
+           "expected self of at least the kernel's size, got %s; fix the call", ShapeText(x).text);
     args->out_sizes[d] = out;
   }
 }

@@ -513,7 +513,8 @@ void group_norm(KernelRuntimeContext& context, Stack stack) {
   expect(a, args.n_groups > 0 && args.C % std::max<int64_t>(args.n_groups, 1) == 0,
          "expected C in whole groups, got C=%lld and %lld groups; fix the call",
          static_cast<long long>(args.C), static_cast<long long>(args.n_groups));
-  const bool fits = x.ndim >= 2 && x.sizes[0] == args.N && x.sizes[1] == args.C &&
+  const bool fits = x.ndim >= 2 && args.inner >= 0 && args.inner <= kMaxDim &&
+                    x.sizes[0] == args.N && x.sizes[1] == args.C &&
                     numel_of(x) == args.N * args.C * args.inner;
   expect(a, fits, "expected input of [N, C, ...] with HxW elements a channel, got %s; fix the call",
          ShapeText(x).text);

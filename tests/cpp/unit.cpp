@@ -25,6 +25,7 @@
 #include "runtime/shared_activation.h"
 #include "runtime/temp_arena.h"
 #include "runtime/tensor_bridge.h"
+#include "unit_cuda_ops.h"
 #include "runtime/upload_ring.h"
 
 using namespace cuda_int4;
@@ -513,5 +514,6 @@ int main() {
   test_shared_activation_is_made_once();
   test_devices();
   test_own_ops_refuse_any_arguments();
+  test_cuda_ops();
   return failures() > 0;
 }

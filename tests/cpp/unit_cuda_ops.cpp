@@ -1,0 +1,318 @@
+// The generic CUDA ops up to their kernels: what a call gets wrong is named, whatever a damaged file
+// puts there. Linked without CUDA, so that a call that is right ends with that being said.
+#include "unit_cuda_ops.h"
+
+#include <executorch/runtime/core/evalue.h>
+#include <executorch/runtime/core/portable_type/tensor_impl.h>
+#include <executorch/runtime/kernel/kernel_runtime_context.h>
+
+#include <deque>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "check.h"
+#include "runtime/cuda_ops.h"
+#include "runtime/errors.h"
+#include "runtime/op_table.h"
+
+using namespace cuda_int4;
+using executorch::aten::DimOrderType;
+using executorch::aten::ScalarType;
+using executorch::aten::SizesType;
+using executorch::aten::StridesType;
+using executorch::aten::Tensor;
+using executorch::aten::TensorImpl;
+using executorch::aten::TensorShapeDynamism;
+using executorch::runtime::BoxedEvalueList;
+using executorch::runtime::Error;
+using executorch::runtime::EValue;
+using executorch::runtime::KernelRuntimeContext;
+
+namespace {
+
+/// The arguments of a call, and all that they point at.
+class Call {
+ public:
+  Call& tensor(std::vector<SizesType> sizes, ScalarType dtype = ScalarType::Float) {
+    Held& held = tensors_.emplace_back();
+    held.sizes = std::move(sizes);
+    const size_t ndim = held.sizes.size();
+    held.strides.resize(ndim);
+    SizesType numel = 1;
+    for (size_t d = ndim; d-- > 0;) {
+      held.strides[d] = StridesType(numel);
+      numel *= held.sizes[d];
+    }
+    for (size_t d = 0; d < ndim; ++d) held.order.push_back(DimOrderType(d));
+    held.data.resize(size_t(numel) * 8 + 8);
+    held.impl = std::make_unique<TensorImpl>(
+        dtype, ssize_t(ndim), held.sizes.data(), held.data.data(), held.order.data(),
+        held.strides.data(), TensorShapeDynamism::DYNAMIC_BOUND);
+    return add(EValue(Tensor(held.impl.get())));
+  }
+  Call& integer(int64_t value) { return add(EValue(value)); }
+  Call& number(double value) { return add(EValue(value)); }
+  Call& truth(bool value) { return add(EValue(value)); }
+  Call& none() { return add(EValue()); }
+  Call& integers(std::vector<int64_t> values) {
+    Ints& ints = ints_.emplace_back();
+    ints.unwrapped = values;
+    ints.unwrapped.reserve(values.size() + 1);  // not null, even of an empty list
+    ints.wrapped.reserve(values.size() + 1);
+    for (const int64_t value : values) ints.boxed.emplace_back(value);
+    for (EValue& value : ints.boxed) ints.wrapped.push_back(&value);
+    ints.list = std::make_unique<BoxedEvalueList<int64_t>>(
+        ints.wrapped.data(), ints.unwrapped.data(), int(ints.wrapped.size()));
+    return add(EValue(ints.list.get()));
+  }
+
+  /// The op's verdict; last_error() has its words.
+  Error run(const std::string& graph_name) {
+    const auto kernel = find_cuda_kernel(nested(graph_name));
+    CHECK(kernel != nullptr);
+    if (kernel == nullptr) return Error::NotFound;
+    std::vector<EValue*> stack;
+    for (EValue& value : values_) stack.push_back(&value);
+    clear_last_error();
+    KernelRuntimeContext context;
+    kernel(context, {stack.data(), stack.size()});
+    return context.failure_state();
+  }
+
+  static std::string nested(const std::string& graph_name) {
+    return graph_name == "aten::linear.out" ? "cuda_int4::dense_linear.out"
+                                            : "cuda_int4::" + graph_name.substr(6);
+  }
+
+ private:
+  struct Held {
+    std::vector<SizesType> sizes;
+    std::vector<StridesType> strides;
+    std::vector<DimOrderType> order;
+    std::vector<char> data;
+    std::unique_ptr<TensorImpl> impl;
+  };
+  struct Ints {
+    std::vector<int64_t> unwrapped;
+    std::deque<EValue> boxed;
+    std::vector<EValue*> wrapped;
+    std::unique_ptr<BoxedEvalueList<int64_t>> list;
+  };
+  Call& add(EValue value) {
+    values_.push_back(value);
+    return *this;
+  }
+
+  std::deque<EValue> values_;
+  std::deque<Held> tensors_;
+  std::deque<Ints> ints_;
+};
+
+void expect_words(Call& call, const char* op, const char* words) {
+  const Error error = call.run(op);
+  const bool right =
+      error != Error::Ok && std::string(last_error()).find(words) != std::string::npos;
+  if (!right) std::fprintf(stderr, "%s: expected \"%s\" in: %s\n", op, words, last_error());
+  CHECK(right);
+}
+
+constexpr ScalarType kHalf = ScalarType::Half, kLong = ScalarType::Long, kBool = ScalarType::Bool;
+
+void test_calls_that_are_right_reach_the_kernels() {
+  const char* const words = "built without nvcc";
+  expect_words(Call().tensor({2, 3}).tensor({3, 4}).tensor({2, 4}), "aten::mm.out", words);
+  expect_words(Call().tensor({5, 2, 3}).tensor({5, 3, 4}).tensor({5, 2, 4}), "aten::bmm.out",
+               words);
+  expect_words(Call().tensor({4}).tensor({2, 3}).tensor({3, 4}).integer(1).number(2).tensor({2, 4}),
+               "aten::addmm.out", words);
+  expect_words(Call().tensor({7, 3}, kHalf).tensor({4, 3}, kHalf).none().tensor({7, 4}, kHalf),
+               "aten::linear.out", words);
+  expect_words(Call().tensor({2, 3}).integers({-1}).truth(true).none().tensor({2, 1}),
+               "aten::sum.IntList_out", words);
+  expect_words(Call().tensor({2, 3}).none().truth(false).tensor({}, kLong), "aten::argmax.out",
+               words);
+  expect_words(Call().tensor({2, 3}).integer(-2).truth(false).tensor({2, 3}), "aten::_softmax.out",
+               words);
+  expect_words(
+      Call().tensor({2, 8}).integer(8).integer(1).truth(true).truth(true).tensor({2, 8}).tensor(
+          {2, 8}, kLong),
+      "aten::topk.values", words);
+  expect_words(Call()
+                   .tensor({2, 3, 4})
+                   .integers({3, 4})
+                   .none()
+                   .none()
+                   .number(1e-5)
+                   .tensor({2, 3, 4})
+                   .tensor({2, 1, 1})
+                   .tensor({2, 1, 1}),
+               "aten::native_layer_norm.out", words);
+  expect_words(Call()
+                   .tensor({1, 4, 8})
+                   .tensor({6, 2, 3})
+                   .none()
+                   .integers({1})
+                   .integers({1})
+                   .integers({1})
+                   .truth(false)
+                   .integers({0})
+                   .integer(2)
+                   .tensor({1, 6, 8}),
+               "aten::convolution.out", words);
+}
+
+void test_wrong_calls_are_named() {
+  expect_words(Call().tensor({2, 3}).tensor({4, 4}).tensor({2, 4}), "aten::mm.out",
+               "expected the inner sizes to agree, got 3 and 4");
+  expect_words(Call().tensor({3}).tensor({3, 4}).tensor({4}), "aten::mm.out",
+               "expected self of 2 dimensions, got [3]");
+  expect_words(Call().tensor({2, 3}, kBool).tensor({3, 4}, kBool).tensor({2, 4}, kBool),
+               "aten::mm.out", "expected numbers, got bool");
+  expect_words(Call().tensor({2, 3}).tensor({3, 4}).tensor({2, 3}), "aten::mm.out",
+               "does not fit the memory planned");
+  expect_words(Call().tensor({5, 2, 3}).tensor({6, 3, 4}).tensor({5, 2, 4}), "aten::bmm.out",
+               "expected the batch sizes to agree, got 5 and 6");
+  expect_words(
+      Call().tensor({3}).tensor({2, 3}).tensor({3, 4}).integer(1).integer(1).tensor({2, 4}),
+      "aten::addmm.out", "expected self to broadcast to [2, 4], got [3]");
+  expect_words(Call().tensor({7, 3}, kHalf).tensor({4, 3}).none().tensor({7, 4}, kHalf),
+               "aten::linear.out", "expected weight of dtype float16, got float32");
+  expect_words(Call().tensor({7, 3}).tensor({4, 3}).tensor({3}).tensor({7, 4}), "aten::linear.out",
+               "expected bias [4], got [3]");
+  expect_words(Call().tensor({2, 3}).integers({1, -1}).truth(false).none().tensor({2}),
+               "aten::sum.IntList_out", "expected each dim once, got 1 twice");
+  expect_words(Call().tensor({2, 3}).integers({2}).truth(false).none().tensor({2}),
+               "aten::sum.IntList_out", "expected dim in -2..1");
+  expect_words(Call().tensor({2, 3}).none().truth(false).none().tensor({}, kLong), "aten::mean.out",
+               "expected out of a float dtype, got int64");
+  expect_words(Call().tensor({0, 3}).integer(0).truth(false).tensor({3}, kLong), "aten::argmax.out",
+               "expected at least one value to choose from");
+  expect_words(Call().tensor({2, 3}).integer(0).truth(false).tensor({3}), "aten::argmax.out",
+               "expected out of dtype int64, got float32");
+  expect_words(Call().tensor({2, 3}).integer(1).truth(true).tensor({2, 3}), "aten::_softmax.out",
+               "with half_to_float, got float32");
+  expect_words(
+      Call().tensor({2, 8}).integer(9).integer(1).truth(true).truth(true).tensor({2, 8}).tensor(
+          {2, 8}, kLong),
+      "aten::topk.values", "expected k in 0..8, the size of dim 1, got 9");
+  expect_words(Call()
+                   .tensor({2, 3, 4})
+                   .integers({4, 3})
+                   .none()
+                   .none()
+                   .number(1e-5)
+                   .tensor({2, 3, 4})
+                   .tensor({2, 1, 1})
+                   .tensor({2, 1, 1}),
+               "aten::native_layer_norm.out", "expected normalized_shape to be the last sizes");
+  expect_words(Call()
+                   .tensor({2, 6, 5})
+                   .none()
+                   .none()
+                   .integer(2)
+                   .integer(6)
+                   .integer(5)
+                   .integer(4)
+                   .number(1e-5)
+                   .tensor({2, 6, 5})
+                   .tensor({2, 4})
+                   .tensor({2, 4}),
+               "aten::native_group_norm.out", "expected C in whole groups, got C=6 and 4 groups");
+  expect_words(Call()
+                   .tensor({1, 4, 8})
+                   .tensor({6, 2, 3})
+                   .none()
+                   .integers({1})
+                   .integers({0})
+                   .integers({1})
+                   .truth(false)
+                   .integers({0})
+                   .integer(3)
+                   .tensor({1, 6, 6}),
+               "aten::convolution.out", "to fall in 3 groups");
+  expect_words(Call()
+                   .tensor({1, 4, 2})
+                   .tensor({6, 4, 3})
+                   .none()
+                   .integers({1})
+                   .integers({0})
+                   .integers({1})
+                   .truth(false)
+                   .integers({0})
+                   .integer(1)
+                   .tensor({1, 6, 6}),
+               "aten::convolution.out", "expected input of at least the kernel's size");
+  expect_words(Call()
+                   .tensor({1, 4, 8})
+                   .tensor({6, 4, 3})
+                   .none()
+                   .integers({0})
+                   .integers({0})
+                   .integers({1})
+                   .truth(false)
+                   .integers({0})
+                   .integer(1)
+                   .tensor({1, 6, 6}),
+               "aten::convolution.out", "expected stride of at least 1, got 0");
+  expect_words(Call()
+                   .tensor({1, 8, 8})
+                   .integers({3, 3})
+                   .integers({1, 1})
+                   .integers({2, 2})
+                   .truth(false)
+                   .truth(true)
+                   .none()
+                   .tensor({1, 8, 8}),
+               "aten::avg_pool2d.out", "expected padding of at most half the kernel 3, got 2");
+}
+
+// Argument lists that no file of ours has: each op says so and leaves memory alone.
+void test_any_arguments_are_survived() {
+  std::mt19937 random(7);
+  constexpr ScalarType kDtypes[] = {ScalarType::Float, kHalf, kLong, kBool, ScalarType::Byte};
+  const CudaOps families[] = {cuda_reduce_ops(), cuda_matmul_ops(), cuda_convolution_ops()};
+  for (const CudaOps& family : families)
+    for (const CudaOp& op : family)
+      for (int round = 0; round < 400; ++round) {
+        Call call;
+        const size_t n = random() % 13;
+        for (size_t i = 0; i < n; ++i) {
+          std::vector<int64_t> ints(random() % 4);
+          for (int64_t& value : ints)
+            value = random() % 5 == 0 ? int64_t(random()) << 31 : int64_t(random() % 6) - 2;
+          std::vector<SizesType> sizes(random() % 5);
+          for (SizesType& size : sizes) size = SizesType(random() % 4);
+          switch (random() % 8) {
+            case 0:
+              call.integer(random() % 4 == 0 ? INT64_MIN + int64_t(random() % 2)
+                                             : int64_t(random() % 9) - 4);
+              break;
+            case 1:
+              call.number(0.5);
+              break;
+            case 2:
+              call.truth(random() % 2);
+              break;
+            case 3:
+              call.none();
+              break;
+            case 4:
+              call.integers(ints);
+              break;
+            default:
+              call.tensor(sizes, kDtypes[random() % 5]);
+          }
+        }
+        CHECK(call.run(op.graph_name) != Error::Ok);
+      }
+}
+
+}  // namespace
+
+void test_cuda_ops() {
+  test_calls_that_are_right_reach_the_kernels();
+  test_wrong_calls_are_named();
+  test_any_arguments_are_survived();
+}

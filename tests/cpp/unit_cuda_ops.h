@@ -1,0 +1,4 @@
+// unit.cpp runs these.
+#pragma once
+
+void test_cuda_ops();
