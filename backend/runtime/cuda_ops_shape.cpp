@@ -243,6 +243,7 @@ void diagonal_copy_out(KernelRuntimeContext& context, Stack stack) {
   const int64_t offset = call.integer(1);
   const int row = call.dim(call.integer(2), x.ndim), column = call.dim(call.integer(3), x.ndim);
   call.require(row != column, "two different dimensions");
+  call.require(offset >= -kMaxDim && offset <= kMaxDim, "an offset of at most 2147483647");
   if (!call.ok()) return call.finish(context);
   const int64_t first_row = offset < 0 ? -offset : 0, first_column = offset > 0 ? offset : 0;
   const int64_t length =
@@ -624,8 +625,9 @@ struct Padding {
     }
     for (int d = 0; d < x.ndim; ++d) {
       constexpr int64_t kMost = kMaxDim;
-      call.require(std::abs(before[d]) <= kMost && std::abs(after[d]) <= kMost,
-                   "margins of at most 2147483647");
+      call.require(
+          before[d] >= -kMost && before[d] <= kMost && after[d] >= -kMost && after[d] <= kMost,
+          "margins of at most 2147483647");
       if (!call.ok()) return;
       sizes[d] = x.sizes[d] + before[d] + after[d];
       call.require(sizes[d] >= 0, "margins that leave something of the tensor");

@@ -68,6 +68,25 @@ class Call {
     return add(EValue(ints.list.get()));
   }
 
+  Call& tensors(const std::vector<std::vector<SizesType>>& sizes,
+                ScalarType dtype = ScalarType::Float) {
+    Tensors& list = lists_.emplace_back();
+    for (const std::vector<SizesType>& of_one : sizes) {
+      tensor(of_one, dtype);
+      list.boxed.push_back(values_.back());
+      values_.pop_back();
+    }
+    list.unwrapped.reserve(sizes.size() + 1);
+    list.wrapped.reserve(sizes.size() + 1);
+    for (EValue& value : list.boxed) {
+      list.unwrapped.push_back(value.toTensor());
+      list.wrapped.push_back(&value);
+    }
+    list.list = std::make_unique<BoxedEvalueList<Tensor>>(
+        list.wrapped.data(), list.unwrapped.data(), int(list.wrapped.size()));
+    return add(EValue(list.list.get()));
+  }
+
   /// The op's verdict; last_error() has its words.
   Error run(const std::string& graph_name) {
     const auto kernel = find_cuda_kernel(nested(graph_name));
@@ -82,8 +101,9 @@ class Call {
   }
 
   static std::string nested(const std::string& graph_name) {
-    return graph_name == "aten::linear.out" ? "cuda_int4::dense_linear.out"
-                                            : "cuda_int4::" + graph_name.substr(6);
+    return graph_name == "aten::linear.out"
+               ? "cuda_int4::dense_linear.out"
+               : "cuda_int4" + graph_name.substr(graph_name.find("::"));
   }
 
  private:
@@ -100,11 +120,18 @@ class Call {
     std::vector<EValue*> wrapped;
     std::unique_ptr<BoxedEvalueList<int64_t>> list;
   };
+  struct Tensors {
+    std::vector<Tensor> unwrapped;
+    std::deque<EValue> boxed;
+    std::vector<EValue*> wrapped;
+    std::unique_ptr<BoxedEvalueList<Tensor>> list;
+  };
   Call& add(EValue value) {
     values_.push_back(value);
     return *this;
   }
 
+  std::deque<Tensors> lists_;  // outlives the values, which look into it when they go
   std::deque<EValue> values_;
   std::deque<Held> tensors_;
   std::deque<Ints> ints_;
@@ -168,7 +195,7 @@ void test_wrong_calls_are_named() {
                "expected the inner sizes to agree, got 3 and 4");
   expect_words(Call().tensor({3}).tensor({3, 4}).tensor({4}), "aten::mm.out",
                "expected self of 2 dimensions, got [3]");
-  expect_words(Call().tensor({2, 3}, kBool).tensor({3, 4}, kBool).tensor({2, 4}, kBool),
+  expect_words(Call().tensor({2, 3}, kBool).tensor({3, 4}, kBool).tensor({2, 2}, kBool),
                "aten::mm.out", "expected numbers, got bool");
   expect_words(Call().tensor({2, 3}).tensor({3, 4}).tensor({2, 3}), "aten::mm.out",
                "does not fit the memory planned");
@@ -268,12 +295,85 @@ void test_wrong_calls_are_named() {
                "aten::avg_pool2d.out", "expected padding of at most half the kernel 3, got 2");
 }
 
+void test_tensor_ops_that_are_right_reach_the_kernels() {
+  const char* const words = "built without nvcc";
+  expect_words(Call().tensor({2, 3}).tensor({3}).integer(1).tensor({2, 3}), "aten::add.out", words);
+  expect_words(Call().tensor({2, 3}).number(0.5).tensor({2, 3}), "aten::mul.Scalar_out", words);
+  expect_words(Call().tensor({2, 1}, kBool).tensor({3}).tensor({}).tensor({2, 3}),
+               "aten::where.self_out", words);
+  expect_words(Call().tensor({2, 3}).none().number(1).tensor({2, 3}), "aten::clamp.out", words);
+  expect_words(Call().tensor({2, 3}).integers({1, -2}).tensor({3, 2}), "aten::permute_copy.out",
+               words);
+  expect_words(Call().tensor({4, 3}).integer(0).integer(-3).none().integer(2).tensor({2, 3}),
+               "aten::slice_copy.Tensor_out", words);
+  expect_words(Call().tensors({{2, 3}, {0}, {1, 3}}).integer(-2).tensor({3, 3}), "aten::cat.out",
+               words);
+  expect_words(Call().tensor({4, 6}).integers({2, 4}).integer(1).tensors({{4, 2}, {4, 4}}),
+               "aten::split_with_sizes_copy.out", words);
+  expect_words(Call()
+                   .tensor({9, 4})
+                   .tensor({2, 3}, kLong)
+                   .integer(-1)
+                   .truth(false)
+                   .truth(false)
+                   .tensor({2, 3, 4}),
+               "aten::embedding.out", words);
+  expect_words(Call().tensor({9, 4}).tensors({{3}, {2, 1}}, kLong).tensor({2, 3}),
+               "aten::index.Tensor_out", words);
+  expect_words(Call().tensor({9, 4}).tensors({{3}}, kLong).tensor({4}).truth(false),
+               "aten::index_put_", words);
+  expect_words(Call().tensor({2, 3}).integers({1, -1}).number(0).tensor({2, 3}),
+               "aten::constant_pad_nd.out", words);
+  expect_words(Call().integer(1).number(2.5).number(0.5).tensor({3}), "aten::arange.start_out",
+               words);
+}
+
+void test_wrong_tensor_ops_are_named() {
+  expect_words(Call().tensor({2, 3}).tensor({2}).integer(1).tensor({2, 3}), "aten::add.out",
+               "operands whose shapes broadcast to one");
+  expect_words(Call().tensor({2, 3}).tensor({2, 3}).integer(1).tensor({2, 2}, kBool),
+               "aten::add.out", "does not fit the memory planned");
+  expect_words(Call().tensor({2, 3}).integers({0, 0}).tensor({3, 2}), "aten::permute_copy.out",
+               "each dimension of the tensor once");
+  expect_words(Call().tensor({2, 3}).integer(2).integer(0).tensor({3}), "aten::select_copy.int_out",
+               "a dimension that the tensor has");
+  expect_words(Call().tensor({2, 3}).integer(1).integer(-4).tensor({2}),
+               "aten::select_copy.int_out", "an index that the dimension has");
+  expect_words(Call().tensor({4, 3}).integer(0).none().none().integer(0).tensor({4, 3}),
+               "aten::slice_copy.Tensor_out", "a step of at least 1");
+  expect_words(Call().tensors({{2, 3}, {2, 4}}).integer(0).tensor({4, 3}), "aten::cat.out",
+               "the same sizes but along one dimension");
+  expect_words(Call().tensor({4, 6}).integers({2, 3}).integer(1).tensors({{4, 2}, {4, 3}}),
+               "aten::split_with_sizes_copy.out", "parts that make up the dimension");
+  expect_words(Call().tensor({2, 3}).integers({2, 2}).integers({3, 3}).none().tensor({2, 2}),
+               "aten::as_strided_copy.out", "to have at least 28 bytes, got 24");
+  expect_words(Call().tensor({2, 3}).integers({-3, -1}).number(0).tensor({2, 4}),
+               "aten::constant_pad_nd.out", "margins that leave something");
+  expect_words(
+      Call().tensor({9, 4}).tensor({2}).integer(-1).truth(false).truth(false).tensor({2, 4}),
+      "aten::embedding.out", "an index of int32 or int64");
+  expect_words(Call().tensor({9, 4}).tensors({{9}}, kBool).tensor({3, 4}), "aten::index.Tensor_out",
+               "indices of int32 or int64");
+  expect_words(Call().tensor({9, 4}).tensors({{3}}, kLong).tensor({3, 3}).truth(false),
+               "aten::index_put_", "values that broadcast to the positions");
+  expect_words(Call().tensor({9, 4}).tensors({{3}}, kLong).tensor({4}, kHalf).truth(false),
+               "aten::index_put_", "values of the tensor's dtype");
+  expect_words(Call().integer(1).integer(5).integer(0).tensor({3}), "aten::arange.start_out",
+               "an end that steps from the start reach");
+}
+
+/// `empty` needs no kernel; of tensors without elements there is nothing to put together.
+bool is_done_without_kernels(const std::string& name) {
+  for (const char* part : {"empty", "cat", "stack", "split", "unbind", "roll", "_pad"})
+    if (name.find(part) != std::string::npos) return true;
+  return false;
+}
+
 // Argument lists that no file of ours has: each op says so and leaves memory alone.
 void test_any_arguments_are_survived() {
   std::mt19937 random(7);
   constexpr ScalarType kDtypes[] = {ScalarType::Float, kHalf, kLong, kBool, ScalarType::Byte};
-  const CudaOps families[] = {cuda_reduce_ops(), cuda_matmul_ops(), cuda_convolution_ops()};
-  for (const CudaOps& family : families)
+  for (const CudaOps& family : cuda_op_families())
     for (const CudaOp& op : family)
       for (int round = 0; round < 400; ++round) {
         Call call;
@@ -284,7 +384,7 @@ void test_any_arguments_are_survived() {
             value = random() % 5 == 0 ? int64_t(random()) << 31 : int64_t(random() % 6) - 2;
           std::vector<SizesType> sizes(random() % 5);
           for (SizesType& size : sizes) size = SizesType(random() % 4);
-          switch (random() % 8) {
+          switch (random() % 9) {
             case 0:
               call.integer(random() % 4 == 0 ? INT64_MIN + int64_t(random() % 2)
                                              : int64_t(random() % 9) - 4);
@@ -301,11 +401,15 @@ void test_any_arguments_are_survived() {
             case 4:
               call.integers(ints);
               break;
+            case 5:
+              call.tensors({sizes, sizes, {0}}, kDtypes[random() % 5]);
+              break;
             default:
               call.tensor(sizes, kDtypes[random() % 5]);
           }
         }
-        CHECK(call.run(op.graph_name) != Error::Ok);
+        const Error error = call.run(op.graph_name);
+        CHECK(error != Error::Ok || is_done_without_kernels(op.graph_name));
       }
 }
 
@@ -314,5 +418,7 @@ void test_any_arguments_are_survived() {
 void test_cuda_ops() {
   test_calls_that_are_right_reach_the_kernels();
   test_wrong_calls_are_named();
+  test_tensor_ops_that_are_right_reach_the_kernels();
+  test_wrong_tensor_ops_are_named();
   test_any_arguments_are_survived();
 }
