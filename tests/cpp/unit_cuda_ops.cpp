@@ -195,7 +195,7 @@ void test_wrong_calls_are_named() {
                "expected the inner sizes to agree, got 3 and 4");
   expect_words(Call().tensor({3}).tensor({3, 4}).tensor({4}), "aten::mm.out",
                "expected self of 2 dimensions, got [3]");
-  expect_words(Call().tensor({2, 3}, kBool).tensor({3, 4}, kBool).tensor({2, 2}, kBool),
+  expect_words(Call().tensor({2, 3}, kBool).tensor({3, 4}, kBool).tensor({2, 4}, kBool),
                "aten::mm.out", "expected numbers, got bool");
   expect_words(Call().tensor({2, 3}).tensor({3, 4}).tensor({2, 3}), "aten::mm.out",
                "does not fit the memory planned");
