@@ -78,8 +78,9 @@ struct Config {
   static constexpr int kQBytes = kRows * kQRowBytes;
   static constexpr int kStagedTokens = kWarpgroups == 4 || kTokens == 32 ? 32 : 64;
   static constexpr int kStagingBytes = kWarpgroups * kStagedTokens * 128;
-  static constexpr int kConsumerRegisters = kWarpgroups == 4 ? 104 : 224;
-  static constexpr int kProducerRegisters = kWarpgroups == 4 ? 64 : 56;
+  // Of 61440 or 64512 in all, as launched with 96 or 168 a thread.
+  static constexpr int kConsumerRegisters = kWarpgroups == 2 ? 216 : kPermuted ? 96 : 104;
+  static constexpr int kProducerRegisters = kWarpgroups == 2 ? 72 : kPermuted ? 96 : 64;
 };
 
 struct Params {
@@ -343,7 +344,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   };
 
   if (warpgroup == C::kWarpgroups) {  // ---- producers ----
-    setmaxnreg_dec<C::kProducerRegisters>();
+    if constexpr (C::kProducerRegisters != 96) setmaxnreg_dec<C::kProducerRegisters>();
     if (warp == 0) {
       if (lane == 0) {
         prefetch_tensormap(&x_map);
@@ -436,7 +437,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   }
 
   // ---- consumers ----
-  setmaxnreg_inc<C::kConsumerRegisters>();
+  if constexpr (C::kConsumerRegisters != 96) setmaxnreg_inc<C::kConsumerRegisters>();
   if (threadIdx.x == 0) p.flags[blockIdx.x] = 0;  // scratch may never have been written
   constexpr int kSlices = 2;                      // of 16 k, between two commits
   constexpr int kSteps = C::kStageK / 16 / kSlices * C::kBlocks;
@@ -818,17 +819,12 @@ template <typename F>
 auto with_config(const MatmulW4A16Args& args, F f) {
   const bool is_wide = args.N >= 8192;
   if (args.M <= 32) {
-    // one group to a stage of 128 k
-    if (args.group_size % 128 == 0 || args.group_size == args.K) {
-      return is_wide ? f(Config<4, 1, 32, 128, Order::kGroupSums>())
-                     : f(Config<2, 1, 32, 128, Order::kGroupSums>());
-    }
     return is_wide ? f(Config<4, 1, 32, 128, Order::kPermuted>())
                    : f(Config<2, 1, 32, 128, Order::kPermuted>());
   }
   if (args.M <= 64) {
-    return is_wide ? f(Config<4, 1, 64, 128, Order::kPermuted>())
-                   : f(Config<2, 1, 64, 128, Order::kPermuted>());
+    return is_wide ? f(Config<4, 1, 64, 128, Order::kPlain>())
+                   : f(Config<2, 1, 64, 128, Order::kPlain>());
   }
   // A row of x costs a tenth more in tiles of 128, which waste fewer of them.
   const int64_t tokens_128 = (args.M + 127) / 128 * 128, tokens_256 = (args.M + 255) / 256 * 256;
