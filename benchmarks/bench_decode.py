@@ -265,7 +265,8 @@ def run(options: argparse.Namespace, folder: Path) -> None:
     if options.layers:
         config = dataclasses.replace(config, n_layers=options.layers)
     path = options.pte or folder / f"{options.model}.pte"
-    if not path.exists():
+    found = path.exists()
+    if not found:
         export(config, options, path)
     weight_bytes = decode_model.bytes_a_token_reads(
         config,
@@ -298,6 +299,8 @@ def run(options: argparse.Namespace, folder: Path) -> None:
             else ""
         ),
     ]
+    if found:
+        notes.append(f"the program, {path.name}, was exported before")
     as_csv, as_markdown = report(rows, config, notes, use.peak_device_bytes / 1e6, options)
     as_markdown += "\n".join(op_table(profiles)) + "\n"
     print(as_markdown)

@@ -46,6 +46,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import linear_cuda
+import linear_table
 import plot_linear
 from cuda_int4 import _native
 from linear_cuda import KERNELS as CUDA_KERNELS
@@ -329,7 +330,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rotate-mb", type=int, default=0, help="default: 3 last-level caches; on a GPU 4.2 L2s"
     )
     parser.add_argument("--commit", default="", help="to record, where git does not know it")
-    parser.add_argument("--out", type=Path, help="CSV file; default: standard output")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="CSV file; default: standard output; on a GPU Markdown goes beside it",
+    )
     parser.add_argument(
         "--plot", type=Path, metavar="PNG", help="draw the GPU's results; needs matplotlib"
     )
@@ -392,6 +397,8 @@ def command(options: argparse.Namespace) -> int:
         table = options.out
         with options.out.open("w", newline="") as out:
             all_right = measure(options, out)
+        if options.device == "cuda":
+            options.out.with_suffix(".md").write_text(linear_table.markdown(options.out))
     if options.plot:
         plot_linear.draw(table, options.plot)
     return 0 if all_right else 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import sys
@@ -41,8 +42,8 @@ def cpu_name() -> str:
 
 
 def command_line() -> str:
-    """What was typed, without the folder of the program."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    """What was typed, files without their folders."""
+    return shlex.join(Path(word).name if os.path.isabs(word) else word for word in sys.argv)
 
 
 def driver_version() -> str:

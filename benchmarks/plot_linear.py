@@ -42,8 +42,10 @@ def require_matplotlib() -> None:
         )
 
 
-def read(table: Path | io.StringIO) -> tuple[list[str], list[dict[str, str]]]:
-    """The lines before the table, and its rows that hold a time.
+def read(
+    table: Path | io.StringIO, with_wrong: bool = False
+) -> tuple[list[str], list[dict[str, str]]]:
+    """The lines before the table, and its rows that hold a time (or also WRONG).
 
     Raises:
         ValueError: it is not a table of bench_linear on a GPU.
@@ -57,7 +59,7 @@ def read(table: Path | io.StringIO) -> tuple[list[str], list[dict[str, str]]]:
             "plot: expected the CSV of `cuda-int4 bench linear --device cuda`, with a column "
             f"light_fraction, got {', '.join(rows[0]) if rows else 'no rows'}"
         )
-    return notes, [row for row in rows if row["us_median"] != "WRONG"]
+    return notes, [row for row in rows if with_wrong or row["us_median"] != "WRONG"]
 
 
 def label(row: dict[str, str]) -> str:

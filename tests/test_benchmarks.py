@@ -62,13 +62,39 @@ def test_random_weights_keep_the_size_of_what_goes_through(zero_points):
 TABLE = """\
 # a machine
 # command: bench_linear.py
-kernel,M,N,K,group_size,us_median,zero_points,light_fraction
-w4a16,1,64,32,32,1.00,1,0.900
-w4a16,16,64,32,32,2.00,1,0.500
-w4a8,1,64,32,128,WRONG,0,
-cublas_fp16,1,64,32,,9.00,,0.800
-w4a16,1,96,32,32,1.00,1,0.700
+kernel,M,N,K,group_size,us_median,zero_points,light_fraction,bus_fraction
+w4a16,1,64,32,32,1.00,1,0.900,0.880
+w4a16,32,64,32,32,2.00,1,0.500,0.400
+w4a8,1,64,32,128,WRONG,0,,
+cublas_fp16,1,64,32,,9.00,,0.800,0.700
+cublas_fp16,32,64,32,,9.00,,0.800,0.700
+w4a16,1,96,32,32,1.00,1,0.700,0.600
 """
+
+
+def test_a_table_in_markdown(tmp_path):
+    table = tmp_path / "t.csv"
+    table.write_text(TABLE)
+    text = shipped_script("benchmarks/linear_table").markdown(table)
+    assert text.startswith("# Linear on a GPU\n\n- a machine\n- command: bench_linear.py\n")
+    assert_expected_inline(
+        text[text.index("##") :],
+        """\
+## N = 64, K = 32
+
+| M = | 1 | 32 |
+|---|---:|---:|
+| w4a16 g32 z | 1.0 (0.88) | 2.0 (4.50x) |
+| w4a8 g128 | WRONG |  |
+| cublas_fp16 | 9.0 (0.70) | 9.0 |
+
+## N = 96, K = 32
+
+| M = | 1 |
+|---|---:|
+| w4a16 g32 z | 1.0 (0.60) |
+""",
+    )
 
 
 def test_a_plot_is_a_picture_or_says_what_is_missing(tmp_path):
