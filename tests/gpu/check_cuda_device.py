@@ -117,29 +117,6 @@ def cache_file(folder: Path) -> Path:
     return path
 
 
-class WritesBetween(models.Cache):
-    """Two w4a8 linears share a buffer; it is written in place; a third one reads it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.before = nn.Linear(models.K, 32)
-        self.after = nn.Linear(models.K, 32)
-
-    def forward(self, x: Tensor, pos: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        first, before = self.proj(self.seen), self.before(self.seen)
-        self.seen.index_copy_(0, pos, x)
-        return first, before, self.after(self.seen)
-
-
-def writes_between_file(folder: Path) -> Path:
-    path, model = folder / "between.pte", WritesBetween()
-    if not path.exists():
-        shapes = ({0: models.dim()}, {0: models.dim()})
-        inputs = (models.rows(3), torch.arange(3))
-        models.write(models.make(model), path, inputs, shapes, activation="int8")
-    return path
-
-
 def byte_llama_file(folder: Path, dtype: torch.dtype, activation: str = "none") -> Path:
     path = folder / f"byte_{str(dtype).removeprefix('torch.')}_{activation}.pte"
     if not path.exists():
@@ -151,9 +128,7 @@ def byte_llama_file(folder: Path, dtype: torch.dtype, activation: str = "none") 
 
 def export_files(folder: Path) -> None:
     """All but those that take no time, or are too big to carry."""
-    for export in (
-        linear_file, many_outputs_file, takes_int_file, cache_file, writes_between_file,
-    ):  # fmt: skip
+    for export in (linear_file, many_outputs_file, takes_int_file, cache_file):
         export(folder)
     for dtype, activation in ((torch.float32, "none"), *HALF_PRECISION):
         byte_llama_file(folder, dtype, activation)
@@ -250,16 +225,6 @@ def check_cache(check: Checker, folder: Path) -> None:
         loaded.reset()
     inputs = (models.rows(2, seed=9), torch.arange(2))
     check.near(model.forward(*inputs), cpu.forward(*inputs), "after bad indices")
-
-
-def check_shared_activation(check: Checker, folder: Path) -> None:
-    """What w4a8 linears share is made again once it has been written to."""
-    path = writes_between_file(folder)
-    cpu, model = cuda_int4.load(path, device="cpu"), gpu(path)
-    for turn in range(4):  # eager, captured, replayed
-        inputs = (10 * models.rows(2, seed=turn), torch.arange(turn, turn + 2))
-        check.near(model.forward(*inputs), cpu.forward(*inputs), f"shared activation {turn}")
-    check.note(runs(model) == (1, 1, 3), f"shared activation: {runs(model)}")
 
 
 def check_streams(check: Checker, folder: Path) -> None:
@@ -549,7 +514,6 @@ def main() -> int:
             "shapes": lambda: check_shapes(check, folder),
             "outputs": lambda: check_outputs(check, folder),
             "cache": lambda: check_cache(check, folder),
-            "shared activation": lambda: check_shared_activation(check, folder),
             "streams": lambda: check_streams(check, folder),
             "language model": lambda: check_language_model(check, folder),
             "half precision": lambda: check_half_precision(check, folder),
