@@ -61,6 +61,7 @@ Choice choose(const AttentionKernelArgs& args) {
   if (args.S <= kMostSplitQueries && fits_attention_split(args)) {
     return {attention_split_scratch_bytes, launch_attention_split};
   }
+  if (fits_attention_wgmma(args)) return {attention_tiles_scratch_bytes, launch_attention_wgmma};
   if (fits_attention_tiles(args)) return {attention_tiles_scratch_bytes, launch_attention_tiles};
   return {no_scratch, launch_attention_rows};
 }

@@ -1,22 +1,19 @@
-// attention_rows -- y = softmax(cap(q @ k.T * scale) + mask) @ v, one warp to a
-// query row
+// attention_rows -- y = softmax(cap(q @ k.T * scale) + mask) @ v, one block to a query row
 //
-//   operand  dtype            shape             order in memory align q f16,
-//   bf16, f32   [B, Hq, S, D]     last dimension contiguous        dtype k, v
-//   dtype of q       [B, Hkv, T, D]    last dimension contiguous        dtype
-//   mask     bool | of q      [B, Hq, S, T]     any strides, 0 where broadcast
-//   dtype y (out)  dtype of q       [B, Hq, S, D]     contiguous dtype
+//   operand  dtype            shape             order in memory                  align
+//   q        f16, bf16, f32   [B, Hq, S, D]     last dimension contiguous        dtype
+//   k, v     dtype of q       [B, Hkv, T, D]    last dimension contiguous        dtype
+//   mask     bool | of q      [B, Hq, S, T]     any strides, 0 where broadcast   dtype
+//   y (out)  dtype of q       [B, Hq, S, D]     contiguous                       dtype
 //
 // Requires  Hq % Hkv == 0 (checked by validate_attention), D <= 512
-// Grid      blocks of (32, kWarps) threads; a warp takes a row (b, hq, s), rows
-// in strides of the grid Bytes     a row reads its keys and values itself: B *
-// Hq * S * T * D * 2 elements, mostly from L2 Numerics  fp32 throughout, online
-// softmax over 4 keys at a time, one rounding at the store. Keys
-//           that a row does not see (mask false or -inf, causal) are not read:
-//           what lies there, NaN too, is without effect. A row that sees
-//           nothing is 0.
-// Source    direct from the formula; takes what the faster kernels do not, and
-// measures them
+// Grid      blocks of (32, kWarps) threads; a block takes a row (b, hq, s), rows in strides of the
+//           grid; a warp takes 32 keys of each 32 * kWarps, and the block adds up its warps
+// Bytes     a row reads its keys and values itself: B * Hq * S * T * D * 2 elements, mostly from L2
+// Numerics  fp32 throughout, online softmax over 4 keys at a time, one rounding at the store. Keys
+//           that a row does not see (mask false or -inf, causal) are not read: what lies there, NaN
+//           too, is without effect. A row that sees nothing is 0
+// Source    direct from the formula; takes what the faster kernels do not, and measures them
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -27,7 +24,7 @@ namespace cuda_int4 {
 
 namespace {
 
-constexpr int kWarps = 4;
+constexpr int kWarps = 8;
 constexpr int kKeys = 4;  // scored together, for loads that do not wait for each other
 constexpr int64_t kMaxBlocks = int64_t{1} << 20;
 
@@ -53,9 +50,10 @@ __device__ void load_lane(const T* row, int64_t D, float (&out)[kPerLane]) {
 
 template <typename T, int kPerLane>
 __global__ void __launch_bounds__(32 * kWarps) attention_rows_kernel(AttentionKernelArgs p) {
+  __shared__ float warp_sums[kWarps][32 * kPerLane];
+  __shared__ float2 warp_stats[kWarps];  // top, sum of the probabilities
   const int64_t n_rows = p.B * p.Hq * p.S;
-  for (int64_t row = int64_t{blockIdx.x} * kWarps + threadIdx.y; row < n_rows;
-       row += int64_t{gridDim.x} * kWarps) {
+  for (int64_t row = blockIdx.x; row < n_rows; row += gridDim.x) {
     const int64_t s = row % p.S, h = row / p.S % p.Hq, b = row / p.S / p.Hq;
     const int64_t h_kv = h / (p.Hq / p.Hkv);
     const T* k = static_cast<const T*>(p.k) + b * p.k_strides[0] + h_kv * p.k_strides[1];
@@ -67,7 +65,7 @@ __global__ void __launch_bounds__(32 * kWarps) attention_rows_kernel(AttentionKe
     load_lane<T, kPerLane>(
         static_cast<const T*>(p.q) + b * p.q_strides[0] + h * p.q_strides[1] + s * p.q_strides[2],
         p.D, q);
-    for (int64_t t0 = 0; t0 < end; t0 += 32) {
+    for (int64_t t0 = 32 * threadIdx.y; t0 < end; t0 += 32 * kWarps) {
       float added = 0.f;
       unsigned seen =
           __ballot_sync(0xffffffffu, sees_key<T>(p, mask_row, t0 + threadIdx.x, end, &added));
@@ -111,20 +109,29 @@ __global__ void __launch_bounds__(32 * kWarps) attention_rows_kernel(AttentionKe
         }
       }
     }
-    const float factor = sum_p == 0.f ? 0.f : 1.f / sum_p;
-    T* y = static_cast<T*>(p.y) + row * p.D;
 #pragma unroll
-    for (int j = 0; j < kPerLane; ++j) {
-      const int64_t d = threadIdx.x + 32 * j;
-      if (d < p.D) y[d] = from_float<T>(sum_pv[j] * factor);
+    for (int j = 0; j < kPerLane; ++j) warp_sums[threadIdx.y][threadIdx.x + 32 * j] = sum_pv[j];
+    if (threadIdx.x == 0) warp_stats[threadIdx.y] = {top, sum_p};
+    __syncthreads();
+    top = -INFINITY;
+    for (int w = 0; w < kWarps; ++w) top = fmaxf(top, warp_stats[w].x);
+    for (int64_t d = threadIdx.y * 32 + threadIdx.x; d < p.D; d += 32 * kWarps) {
+      float total = 0.f, total_p = 0.f;
+      for (int w = 0; w < kWarps; ++w) {
+        const float weight = expf(warp_stats[w].x - (top == -INFINITY ? 0.f : top));
+        total += weight * warp_sums[w][d];
+        total_p += weight * warp_stats[w].y;
+      }
+      static_cast<T*>(p.y)[row * p.D + d] = from_float<T>(total_p == 0.f ? 0.f : total / total_p);
     }
+    __syncthreads();  // the next row writes there
   }
 }
 
 template <typename T, int kPerLane>
 cudaError_t launch(const AttentionKernelArgs& args, cudaStream_t stream) {
-  const int64_t n_blocks = (args.B * args.Hq * args.S + kWarps - 1) / kWarps;
-  const unsigned grid = static_cast<unsigned>(n_blocks < kMaxBlocks ? n_blocks : kMaxBlocks);
+  const int64_t n_rows = args.B * args.Hq * args.S;
+  const unsigned grid = static_cast<unsigned>(n_rows < kMaxBlocks ? n_rows : kMaxBlocks);
   attention_rows_kernel<T, kPerLane><<<grid, dim3(32, kWarps), 0, stream>>>(args);
   return cudaGetLastError();
 }

@@ -4,12 +4,12 @@
 //   q, k, v  f16 | bf16      [B, H, S|T, D]    last dimension contiguous, strides % 8    16 B
 //   mask     bool | of q     [B, Hq, S, T]     any strides, 0 where broadcast            dtype
 //   y (out)  dtype of q      [B, Hq, S, D]     contiguous                                16 B
-//   scratch  u32             the mask as bits and their summary: MaskWords, below
+//   scratch  u32             the mask as bits and their summary: attention_tiles.cuh
 //
 // Requires  D % 8 == 0, D <= 512   (checked by fits_attention_tiles)
-// Grid      a block of 4 warps (8 above D = 256) per kBlockRows queries of one head, the last queries
-//           first: with a causal mask they see the most keys. A warp has kRowTiles * 16 rows; above
-//           D = 256 two warps share rows, each for half of the columns of y
+// Grid      a block of 4 warps (8 above D = 256) per kBlockRows queries of one head, the last
+//           queries first: with a causal mask they see the most keys. A warp has kRowTiles * 16
+//           rows; above D = 256 two warps share rows, each for half of the columns of y
 // Bytes     keys and values once per block, through L2 for the blocks and heads that share them
 // Numerics  scores, softmax and sums in fp32; exp(score - top) is rounded to the dtype for the
 //           product with v. A row that sees nothing is 0. Keys that no query of the block sees have
@@ -19,48 +19,14 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "attention.cuh"
-#include "attention_parts.cuh"
-#include "numeric.cuh"
-#include "ptx.cuh"
+#include "attention_tiles.cuh"
 
 namespace cuda_int4 {
 
 namespace {
 
 constexpr int kRowWarps = 4;       // warps of a block with different rows
-constexpr int kSummaryRows = 64;   // rows that share a summary
 constexpr int kMaskThreads = 256;  // 64 rows x 4 words
-
-// Of 32 keys and kSummaryRows rows: bit t of `any`: some row sees key t; of `all`: each row does; of
-// `adds`: the mask adds something other than 0 to the score of some row that sees it.
-struct WordSummary {
-  uint32_t any, all, adds, unused;
-};
-
-// The mask, without the dimensions that it broadcasts over: bits [n_b, n_h, n_s, n_words] and
-// summaries [n_b, n_h, ceil(n_s / kSummaryRows), n_words]. Causality is part of it.
-struct MaskWords {
-  uint32_t* bits;  // nullptr: no mask; then causality is counted, not read
-  WordSummary* summaries;
-  int n_b, n_h, n_s, n_words;
-};
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-MaskWords make_mask_words(const AttentionKernelArgs& args) {
-  MaskWords words = {};
-  if (args.mask == nullptr) return words;
-  words.n_b = static_cast<int>(args.mask_strides[0] == 0 ? 1 : args.B);
-  words.n_h = static_cast<int>(args.mask_strides[1] == 0 ? 1 : args.Hq);
-  words.n_s = static_cast<int>(args.mask_strides[2] == 0 && !args.is_causal ? 1 : args.S);
-  words.n_words = static_cast<int>(ceil_div(args.T, 128) * 4);
-  words.summaries = static_cast<WordSummary*>(args.scratch);
-  words.bits = reinterpret_cast<uint32_t*>(words.summaries + int64_t{words.n_b} * words.n_h *
-                                                                 ceil_div(words.n_s, kSummaryRows) *
-                                                                 words.n_words);
-  return words;
-}
 
 // Blocks (4 words, kSummaryRows rows, b * n_h + h).
 template <typename T>
@@ -110,101 +76,26 @@ struct TileShape {
   static_assert(kColumns % 16 == 0 && kKeys % 32 == 0, "whole fragments and words");
 };
 
-// The next tile that some row of the block sees, and how.
-struct SeenTile {
-  int index;
-  uint64_t any;  // keys that some row sees
-  bool all, adds;
-};
-
-// What rows [row_begin, row_begin + kBlockRows) of one head see; rows past S count as seeing all.
-template <typename Shape>
-struct SeenTiles {
-  const uint32_t* bits;  // of row 0 of the head; nullptr: causality and T alone decide
-  const WordSummary* summaries;
-  int n_words, n_s, n_tiles, row_begin, T;
-  int end;  // of the keys that the last row may see
-  bool is_causal;
-
-  __device__ SeenTiles(const AttentionKernelArgs& p, const MaskWords& words, int b, int h,
-                       int row_begin)
-      : bits(nullptr),
-        summaries(nullptr),
-        n_words(words.n_words),
-        n_s(words.n_s),
-        row_begin(row_begin),
-        T(static_cast<int>(p.T)),
-        is_causal(p.is_causal) {
-    const int last_row = min(row_begin + Shape::kBlockRows, static_cast<int>(p.S)) - 1;
-    end = is_causal ? min(last_row + 1, T) : T;
-    n_tiles = (end + Shape::kKeys - 1) / Shape::kKeys;
-    if (words.bits == nullptr) return;
-    const int64_t head = int64_t{words.n_b == 1 ? 0 : b} * words.n_h + (words.n_h == 1 ? 0 : h);
-    bits = words.bits + head * n_s * n_words;
-    summaries = words.summaries + head * ((n_s + kSummaryRows - 1) / kSummaryRows) * n_words;
-  }
-
-  // Keys [t0, t0 + 32) that come before `end`.
-  static __device__ __forceinline__ uint32_t before(int t0, int end) {
-    return end <= t0 ? 0 : end - t0 >= 32 ? 0xffffffffu : 0xffffffffu >> (32 - (end - t0));
-  }
-
-  __device__ __forceinline__ uint32_t row_word(int row, int word) const {
-    if (bits == nullptr) return before(word * 32, is_causal ? min(row + 1, T) : T);
-    return bits[static_cast<int64_t>(n_s == 1 ? 0 : min(row, n_s - 1)) * n_words + word];
-  }
-
-  __device__ SeenTile next(int index) const {
-    SeenTile tile = {n_tiles, 0, true, false};
-    for (; index < n_tiles; ++index) {
-      tile.any = 0;
-      tile.all = true;
-      tile.adds = false;
-#pragma unroll
-      for (int i = 0; i < Shape::kKeys / 32; ++i) {
-        const int word = index * (Shape::kKeys / 32) + i;
-        if (bits == nullptr) {
-          const int first_end = is_causal ? min(row_begin + 1, T) : T;  // of the first row's keys
-          tile.any |= uint64_t{before(word * 32, end)} << (32 * i);
-          tile.all = tile.all && before(word * 32, first_end) == 0xffffffffu;
-          continue;
-        }
-#pragma unroll
-        for (int r = 0; r < Shape::kBlockRows / kSummaryRows; ++r) {
-          const int rows = n_s == 1 ? 0 : row_begin / kSummaryRows + r;
-          if (rows * kSummaryRows >= n_s) continue;
-          const auto& summary = summaries[static_cast<int64_t>(rows) * n_words + word];
-          tile.any |= uint64_t{summary.any} << (32 * i);
-          tile.all = tile.all && summary.all == 0xffffffffu;
-          tile.adds = tile.adds || summary.adds != 0;
-        }
-      }
-      if (tile.any != 0) break;
-    }
-    tile.index = index;
-    return tile;
-  }
-};
-
 // Rows of a [L, D] matrix to shared memory; row i is zeros, and not read, unless bit i of `rows`.
 template <typename T, typename Shape, int kRows>
-__device__ __forceinline__ void load_rows(const T* from, int64_t stride, int D, uint64_t rows,
-                                          uint32_t to) {
+__device__ __forceinline__ void load_rows(const T* from, int64_t stride, int D,
+                                          const uint32_t (&rows)[kRows / 32], uint32_t to) {
   constexpr int kStep = Shape::kThreads / Shape::kLanesPerRow;
+  static_assert(32 % kStep == 0, "the rows of a step are within one word");
   const int first = threadIdx.x / Shape::kLanesPerRow;
   const int d = threadIdx.x % Shape::kLanesPerRow * 8;
   if (d >= Shape::kD) return;
   from += first * stride + d;
   to += (first * Shape::kPitch + d) * 2;
-  rows = d < D ? rows >> first : 0;
 #pragma unroll
   for (int i = 0; i < kRows; i += kStep) {
-    cp_async_16_or_zero(to + i * Shape::kPitch * 2, from, (rows >> i & 1) != 0);
+    const bool copy = d < D && (rows[i / 32] >> (first + i % 32) & 1) != 0;
+    cp_async_16_or_zero(to + i * Shape::kPitch * 2, from, copy);
     from += kStep * stride;
   }
 }
 
-// scores[r][n] = q rows 16r.. of the warp x keys 8n..; lane (g, c) has rows g, g + 8, keys 2c, 2c + 1.
+// scores[r][n] = q rows 16r.. of the warp x keys 8n..
 template <typename T, typename Shape>
 __device__ __forceinline__ void mma_scores(uint32_t queries, uint32_t keys,
                                            float (&scores)[Shape::kRowTiles][Shape::kKeys / 8][4]) {
@@ -271,50 +162,6 @@ __device__ __forceinline__ void mma_sums(
   }
 }
 
-// Over the 4 lanes that share a row.
-__device__ __forceinline__ float max_over_row(float value) {
-  value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, 1));
-  return fmaxf(value, __shfl_xor_sync(0xffffffffu, value, 2));
-}
-
-__device__ __forceinline__ float sum_over_row(float value) {
-  value += __shfl_xor_sync(0xffffffffu, value, 1);
-  return value + __shfl_xor_sync(0xffffffffu, value, 2);
-}
-
-// Scores of one row tile in units of log2, with what the mask adds; minus infinity where unseen.
-template <typename T, typename Shape>
-__device__ __forceinline__ void mask_scores(const AttentionKernelArgs& p,
-                                            const SeenTiles<Shape>& seen_tiles,
-                                            const SeenTile& tile, int b, int h, int row,
-                                            float (&scores)[Shape::kKeys / 8][4]) {
-  const int c2 = threadIdx.x % 4 * 2;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {  // rows g and g + 8
-    const int s = row + half * 8;
-    const T* added = nullptr;
-    if (tile.adds && s < p.S) added = static_cast<const T*>(find_mask_row<T>(p, b, h, s));
-#pragma unroll
-    for (int w = 0; w < Shape::kKeys / 32; ++w) {
-      const int word = tile.index * (Shape::kKeys / 32) + w;
-      const uint32_t seen = seen_tiles.row_word(s, word) >> c2;
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          float& score = scores[4 * w + n][2 * half + j];
-          const bool sees = (seen >> (8 * n + j) & 1) != 0;
-          if (added != nullptr && sees) {
-            const int64_t t = int64_t{word} * 32 + 8 * n + c2 + j;
-            score += as_float(added[t * p.mask_strides[3]]) * kLog2E;
-          }
-          if (!sees) score = -INFINITY;
-        }
-      }
-    }
-  }
-}
-
 template <typename T, typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads)
     attention_tiles_kernel(AttentionKernelArgs p, MaskWords words) {
@@ -334,10 +181,9 @@ __global__ void __launch_bounds__(Shape::kThreads)
   const T* v = static_cast<const T*>(p.v) + b * p.v_strides[0] + h_kv * p.v_strides[1];
   const uint32_t queries = shared_address(shared);
   const uint32_t tiles = queries + Shape::kBlockRows * Shape::kPitch * 2;
-  const float scale = p.scale * kLog2E, softcap = p.softcap * kLog2E;
   const SeenTiles<Shape> seen_tiles(p, words, b, h, row_begin);
 
-  const auto load_keys_and_values = [&](const SeenTile& tile, int buffer) {
+  const auto load_keys_and_values = [&](const SeenTile<kKeys>& tile, int buffer) {
     const int64_t t0 = int64_t{tile.index} * kKeys;
     const uint32_t to = tiles + buffer * 2 * Shape::kTileElems * 2;
     load_rows<T, Shape, kKeys>(k + t0 * p.k_strides[2], p.k_strides[2], D, tile.any, to);
@@ -345,16 +191,14 @@ __global__ void __launch_bounds__(Shape::kThreads)
                                to + Shape::kTileElems * 2);
   };
 
-  SeenTile tile = seen_tiles.next(0);
+  SeenTile<kKeys> tile = seen_tiles.next(0);
+  uint32_t own_rows[Shape::kBlockRows / 32];  // those before S
 #pragma unroll
-  for (int r = 0; r < Shape::kBlockRows; r += kSummaryRows) {
-    const int n_rows = min(max(S - row_begin - r, 0), kSummaryRows);
-    load_rows<T, Shape, kSummaryRows>(
-        static_cast<const T*>(p.q) + b * p.q_strides[0] + h * p.q_strides[1] +
-            static_cast<int64_t>(row_begin + r) * p.q_strides[2],
-        p.q_strides[2], D, n_rows == 0 ? 0 : ~uint64_t{0} >> (kSummaryRows - n_rows),
-        queries + r * Shape::kPitch * 2);
-  }
+  for (int i = 0; i < Shape::kBlockRows / 32; ++i) own_rows[i] = bits_before(row_begin + 32 * i, S);
+  load_rows<T, Shape, Shape::kBlockRows>(static_cast<const T*>(p.q) + b * p.q_strides[0] +
+                                             h * p.q_strides[1] +
+                                             int64_t{row_begin} * p.q_strides[2],
+                                         p.q_strides[2], D, own_rows, queries);
   if (tile.index < seen_tiles.n_tiles) load_keys_and_values(tile, 0);
   cp_async_commit();
 
@@ -372,7 +216,7 @@ __global__ void __launch_bounds__(Shape::kThreads)
   }
 
   for (int buffer = 0; tile.index < seen_tiles.n_tiles; buffer ^= 1) {
-    const SeenTile next_tile = seen_tiles.next(tile.index + 1);
+    const SeenTile<kKeys> next_tile = seen_tiles.next(tile.index + 1);
     cp_async_wait<0>();
     __syncthreads();  // this tile is there, and all are done with the one before
     if (next_tile.index < seen_tiles.n_tiles) load_keys_and_values(next_tile, buffer ^ 1);
@@ -383,53 +227,11 @@ __global__ void __launch_bounds__(Shape::kThreads)
     mma_scores<T, Shape>(queries + warp_row * Shape::kPitch * 2, keys, scores);
 #pragma unroll
     for (int r = 0; r < Shape::kRowTiles; ++r) {
-#pragma unroll
-      for (int n = 0; n < kKeys / 8; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) scores[r][n][i] *= scale;
-      }
-      if (softcap != 0.f) {
-#pragma unroll
-        for (int n = 0; n < kKeys / 8; ++n) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) scores[r][n][i] = soft_capped(scores[r][n][i], softcap);
-        }
-      }
-      if (!tile.all || tile.adds) {
-        mask_scores<T, Shape>(p, seen_tiles, tile, b, h, row_begin + warp_row + 16 * r + lane / 4,
+      finish_scores<T, Shape>(p, seen_tiles, tile, b, h, row_begin + warp_row + 16 * r + lane / 4,
                               scores[r]);
-      }
       float rescale[2];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float new_top = top[r][half];
-#pragma unroll
-        for (int n = 0; n < kKeys / 8; ++n) {
-          new_top = fmaxf(new_top, fmaxf(scores[r][n][2 * half], scores[r][n][2 * half + 1]));
-        }
-        new_top = max_over_row(new_top);
-        const float reference = new_top == -INFINITY ? 0.f : new_top;  // not inf - inf
-        rescale[half] = ex2_approx(top[r][half] - reference);
-        top[r][half] = new_top;
-        float sum = 0.f;
-#pragma unroll
-        for (int n = 0; n < kKeys / 8; ++n) {
-#pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            float& score = scores[r][n][2 * half + j];
-            score = ex2_approx(score - reference);
-            sum += score;
-          }
-        }
-        sum_p[r][half] = sum_p[r][half] * rescale[half] + sum;
-      }
-      if (__any_sync(0xffffffffu, rescale[0] != 1.f || rescale[1] != 1.f)) {
-#pragma unroll
-        for (int n = 0; n < Shape::kColumns / 8; ++n) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) sums[r][n][i] *= rescale[i / 2];
-        }
-      }
+      softmax_step(scores[r], top[r], sum_p[r], rescale);
+      rescale_sums(sums[r], rescale);
     }
     mma_sums<T, Shape>(scores, keys + (Shape::kTileElems + warp_column) * 2, sums);
     tile = next_tile;
@@ -495,18 +297,26 @@ auto with_shape(const AttentionKernelArgs& args, F f) {
 template <typename T>
 cudaError_t launch_of_dtype(const AttentionKernelArgs& args, cudaStream_t stream) {
   const MaskWords words = make_mask_words(args);
-  if (words.bits != nullptr && args.T > 0) {
-    const dim3 grid(words.n_words / 4, static_cast<unsigned>(ceil_div(words.n_s, kSummaryRows)),
-                    words.n_b * words.n_h);
-    attention_mask_words<T><<<grid, kMaskThreads, 0, stream>>>(args, words);
-    const cudaError_t code = cudaGetLastError();
-    if (code != cudaSuccess) return code;
-  }
+  const cudaError_t code = launch_attention_mask_words(args, words, stream);
+  if (code != cudaSuccess) return code;
   return with_shape(args,
                     [&](auto shape) { return launch<T, decltype(shape)>(args, words, stream); });
 }
 
 }  // namespace
+
+cudaError_t launch_attention_mask_words(const AttentionKernelArgs& args, const MaskWords& words,
+                                        cudaStream_t stream) {
+  if (words.bits == nullptr || args.T == 0) return cudaSuccess;
+  const dim3 grid(words.n_words / 4, static_cast<unsigned>(ceil_div(words.n_s, kSummaryRows)),
+                  words.n_b * words.n_h);
+  if (args.dtype == DType::kFloat16) {
+    attention_mask_words<__half><<<grid, kMaskThreads, 0, stream>>>(args, words);
+  } else {
+    attention_mask_words<__nv_bfloat16><<<grid, kMaskThreads, 0, stream>>>(args, words);
+  }
+  return cudaGetLastError();
+}
 
 bool fits_attention_tiles(const AttentionKernelArgs& args) {
   constexpr int64_t kMaxBlocks = int64_t{1} << 30, kMaxGridYZ = 65535;
