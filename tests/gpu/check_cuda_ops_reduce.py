@@ -46,6 +46,7 @@ class Case:
     inputs: Callable[[torch.Generator], tuple[Tensor, ...]]
     exact: bool = False  # equal to torch on the CPU, bit by bit; else near to float64
     roundings: float = 1.2
+    like: tuple[Tensor, ...] = ()  # dtypes and shapes of the outputs, once known
 
 
 def normal(*shape: int, dtype: torch.dtype = FLOAT, mean: float = 0.5) -> Callable:
@@ -57,7 +58,8 @@ def normal(*shape: int, dtype: torch.dtype = FLOAT, mean: float = 0.5) -> Callab
         if not dtype.is_floating_point:
             low = 0 if dtype == torch.uint8 else -3
             return torch.randint(low, 4, shape, generator=generator).to(dtype)
-        return (torch.randn(shape, generator=generator, dtype=DOUBLE) + mean).to(dtype)
+        drawn = DOUBLE if dtype == DOUBLE else FLOAT
+        return (torch.randn(shape, generator=generator, dtype=drawn) + mean).to(dtype)
 
     return make
 
@@ -309,19 +311,19 @@ def topks() -> Iterator[Case]:
     yield Case("smallest of NaN", lambda x: x.topk(290, largest=False)[0], nan, exact=True)
 
 
+# With an addend, some of cuBLASLt's kernels round the product before they add it.
+ROUNDED_TWICE = 1.6
 MATRICES = (
     (1, 1, 1),
     (1, 64, 128),
     (1, 1000, 513),
-    (2, 96, 4096),
-    (3, 65, 17),
+    (2, 96, 2048),
     (5, 128, 72),
     (8, 257, 512),
     (17, 96, 64),
-    (64, 64, 64),
-    (100, 130, 1000),
+    (100, 130, 504),
     (129, 264, 200),
-    (300, 512, 1040),
+    (300, 512, 136),
     (4, 0, 8),
     (0, 4, 8),
     (4, 6, 0),
@@ -336,13 +338,16 @@ def matmuls() -> Iterator[Case]:
             wt, bias = normal(K, N, dtype=dtype, mean=0), normal(N, dtype=dtype)
             full = normal(M, N, dtype=dtype)
             yield Case(f"linear {what}", F.linear, made(x, w))
-            yield Case(f"linear with bias {what}", F.linear, made(x, w, bias))
+            yield Case(
+                f"linear with bias {what}", F.linear, made(x, w, bias), roundings=ROUNDED_TWICE
+            )
             yield Case(f"mm {what}", torch.mm, made(x, wt))
-            yield Case(f"addmm {what}", torch.addmm, made(bias, x, wt))
+            yield Case(f"addmm {what}", torch.addmm, made(bias, x, wt), roundings=ROUNDED_TWICE)
             yield Case(
                 f"addmm of a matrix {what}",
                 lambda c, x, w: torch.addmm(c, x, w, beta=0.5, alpha=2),
                 made(full, x, wt),
+                roundings=ROUNDED_TWICE,
             )
             yield Case(
                 f"addmm times 0 {what}",
@@ -396,6 +401,7 @@ def convolutions() -> Iterator[Case]:
                 f"convolution {what}",
                 lambda x, w, b, o=options: aten.convolution(x, w, b, *o),
                 made(*parts),
+                roundings=ROUNDED_TWICE,
             )
             yield Case(
                 f"convolution without bias {what}",
@@ -494,11 +500,12 @@ def expected(case: Case, inputs: list[Tensor]) -> Expected:
     if case.exact:
         eager = results(case, inputs)
         return Expected(eager, eager)
-    with FakeTensorMode() as fake:
-        like = results(case, [fake.from_tensor(x) for x in inputs])
+    if not case.like:
+        with FakeTensorMode() as fake:
+            case.like = results(case, [fake.from_tensor(x) for x in inputs])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     exact = results(case, [wide(x).to(device) for x in inputs])
-    return Expected(like, tuple(tensor.double().cpu() for tensor in exact))
+    return Expected(case.like, tuple(tensor.double().cpu() for tensor in exact))
 
 
 def is_right(case: Case, found: Tensor, want: Expected, index: int) -> tuple[bool, str]:

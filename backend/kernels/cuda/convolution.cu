@@ -12,7 +12,7 @@
 // Grid      direct: a thread per element of y, 256 to a block. product: a thread per element of
 //           columns, then matmul.h's kernels; 1 x 1 windows need no columns
 // Bytes     product: writes and reads columns beside x, weight and y
-// Numerics  fp32 sums (f64: fp64, integers: int64), one rounding at the store
+// Numerics  fp32 sums (f64: fp64, integers: int64), one rounding at the store; a product as its kernel
 // Source    own; the product takes floats without groups, not transposed, whose columns fit 512 MiB
 #include <type_traits>
 

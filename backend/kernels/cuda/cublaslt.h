@@ -32,8 +32,8 @@ enum PreferenceAttribute : int {
   kPreferenceReductionSchemes = 3,
   kPreferenceMinAlignmentA = 5,  // of B, C and D: the three that follow
 };
-// Split sums are added in float32, in an order that does not vary; or sums are not split.
-enum ReductionScheme : uint32_t { kReduceNothing = 0, kReduceInComputeType = 2 };
+// Split sums are added in float32, in an order that does not vary.
+enum ReductionScheme : uint32_t { kReduceInComputeType = 2 };
 
 struct Algorithm {
   uint64_t data[8];

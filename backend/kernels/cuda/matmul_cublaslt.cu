@@ -8,8 +8,8 @@
 // Requires  cuBLASLt on the machine, and an algorithm of its for the shape   (cublaslt_accepts)
 // Grid      cuBLASLt's; a kernel of ours first where c is neither absent nor a bias
 // Bytes     as cuBLASLt; workspace of at most 32 MiB from scratch
-// Numerics  fp32 sums (no tf32), split sums added in fp32; one rounding at the store. A c that is not
-//           a bias is copied to y (exact) and added there before the rounding
+// Numerics  fp32 sums (no tf32), split sums added in fp32; one rounding at the store, but some of
+//           cuBLASLt's kernels for small shapes round before they add c, and once more after
 // Source    calls NVIDIA's library. Its matrices are column-major: it computes y^T = b^T a^T
 //
 // A handle per device is made once and shared: cuBLASLt allows that. What it recommends for a shape
@@ -175,10 +175,8 @@ Heuristic ask(const Library& lib, Handle handle, const Problem& p, const void* b
   };
   const uint32_t alignments[] = {uint32_t(p.b_alignment), uint32_t(p.a_alignment),
                                  uint32_t(p.y_alignment), uint32_t(p.y_alignment)};
-  // Where it splits sums, some of its kernels round before they add the addend.
-  const uint32_t schemes = p.addend == Addend::kNone ? kReduceInComputeType : kReduceNothing;
   bool ok = set(kPreferenceMaxWorkspaceBytes, kMaxWorkspaceBytes) &&
-            set(kPreferenceReductionSchemes, schemes);
+            set(kPreferenceReductionSchemes, uint32_t{kReduceInComputeType});
   for (int i = 0; i < 4; ++i) ok = ok && set(kPreferenceMinAlignmentA + i, alignments[i]);
   int n_found = 0;
   Heuristic found{};

@@ -9,7 +9,7 @@ namespace cuda_int4 {
 
 cudaError_t launch_matmul_plain(const MatmulArgs& args, cudaStream_t stream);
 
-// At most 4 rows, of float32 at most 8.
+// One row, of float32 up to 8.
 bool matvec_dense_accepts(const MatmulArgs& args);
 cudaError_t launch_matvec_dense(const MatmulArgs& args, cudaStream_t stream);
 

@@ -6,9 +6,10 @@
 //   c        of a              [batch, M, N]  any strides, 0 repeats; or absent                 dtype
 //   y (out)  of a              [batch, M, N]  row-major                                         dtype
 //
-// Requires  M <= 4 (f32: 8), rows of whole 16 bytes   (matvec_dense_accepts)
-// Grid      (ceil(N / 2 / tiles of a block), batch) blocks of 8 warps; a tile is 2 columns n, and 1 to
-//           8 warps of the block take its k in turns of 512 bytes; 8 loads of 16 bytes of b in flight
+// Requires  M == 1 (f32: M <= 8), rows of whole 16 bytes   (matvec_dense_accepts)
+// Grid      (ceil(N / columns of a block), batch) blocks of 8 warps; a tile is 1 column n (M > 1: 2),
+//           and 1 to 8 warps of the block take its k in turns of 512 bytes; 4 (8) loads of 16 bytes
+//           of b in flight in a lane
 // Bytes     reads b once, a once a tile (from the L1), writes y; bound by b
 // Numerics  fp32 sums over a lane's k, over lanes, over warps in order; no tf32; one rounding at the
 //           store
@@ -24,7 +25,6 @@ namespace cuda_int4 {
 
 namespace {
 
-constexpr int kTileN = 2;
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kLoads = 4;                   // of a row, in flight
@@ -50,8 +50,16 @@ __device__ __forceinline__ float value_of(const uint4& words, int i) {
   }
 }
 
+// Columns of a tile, and blocks that an SM holds: one row needs few registers.
+template <int kM>
+constexpr int kTileN = kM == 1 ? 1 : 2;
+template <int kM>
+constexpr int kBlocksPerSm = kM == 1 ? 4 : 2;
+
 template <typename T, int kM>
-__global__ void __launch_bounds__(kThreads, 2) matvec_dense_kernel(MatmulArgs p, int n_turns) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm<kM>)
+    matvec_dense_kernel(MatmulArgs p, int n_turns) {
+  constexpr int kTileN = cuda_int4::kTileN<kM>;
   constexpr int kVec = kElemsPer16Bytes<T>;
   constexpr int kChunk = 32 * kVec;  // k that a warp's load covers
   __shared__ float partials[kWarps][kM][kTileN];
@@ -119,20 +127,15 @@ __global__ void __launch_bounds__(kThreads, 2) matvec_dense_kernel(MatmulArgs p,
 
 template <typename T, int kM>
 cudaError_t launch(const MatmulArgs& args, cudaStream_t stream) {
-  const int64_t chunk = 32 * kElemsPer16Bytes<T>, tiles = (args.N + kTileN - 1) / kTileN;
+  const int64_t chunk = 32 * kElemsPer16Bytes<T>, tiles = (args.N + kTileN<kM> - 1) / kTileN<kM>;
   int n_turns = 1;
   while (n_turns < kWarps && tiles * args.batch * n_turns < kWarpsWanted &&
          n_turns * chunk < args.K)
     n_turns *= 2;
-  const int64_t columns = kWarps / n_turns * kTileN;
+  const int64_t columns = kWarps / n_turns * kTileN<kM>;
   const dim3 grid(static_cast<unsigned>((args.N + columns - 1) / columns),
                   static_cast<unsigned>(args.batch < kMaxGridY ? args.batch : kMaxGridY));
   return launch_dependent(matvec_dense_kernel<T, kM>, grid, kThreads, 0, stream, args, n_turns);
-}
-
-template <typename T>
-cudaError_t choose(const MatmulArgs& args, cudaStream_t stream) {
-  return args.M == 1 ? launch<T, 1>(args, stream) : launch<T, 4>(args, stream);
 }
 
 }  // namespace
@@ -143,14 +146,15 @@ bool matvec_dense_accepts(const MatmulArgs& args) {
   const uintptr_t pointers =
       reinterpret_cast<uintptr_t>(args.a) | reinterpret_cast<uintptr_t>(args.b);
   const int64_t strides = args.K | args.a_m | args.b_n | args.a_batch | args.b_batch;
-  return (is_float32 || is_16_bit) && args.M <= (is_float32 ? 8 : 4) && args.a_k == 1 &&
+  return (is_float32 || is_16_bit) && args.M <= (is_float32 ? 8 : 1) && args.a_k == 1 &&
          args.b_k == 1 && args.K > 0 && strides % (is_float32 ? 4 : 8) == 0 && pointers % 16 == 0;
 }
 
 cudaError_t launch_matvec_dense(const MatmulArgs& args, cudaStream_t stream) {
-  if (args.dtype == DType::kFloat16) return choose<__half>(args, stream);
-  if (args.dtype == DType::kBFloat16) return choose<__nv_bfloat16>(args, stream);
-  return args.M <= 4 ? choose<float>(args, stream) : launch<float, 8>(args, stream);
+  if (args.dtype == DType::kFloat16) return launch<__half, 1>(args, stream);
+  if (args.dtype == DType::kBFloat16) return launch<__nv_bfloat16, 1>(args, stream);
+  if (args.M == 1) return launch<float, 1>(args, stream);
+  return args.M <= 4 ? launch<float, 4>(args, stream) : launch<float, 8>(args, stream);
 }
 
 }  // namespace cuda_int4

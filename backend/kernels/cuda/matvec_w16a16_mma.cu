@@ -8,7 +8,7 @@
 //
 // Requires  M <= 16, K % 8 == 0   (matvec_w16a16_accepts)
 // Grid      (ceil(N / 16 / tiles of a block), batch) blocks of 8 warps; a tile is 16 columns n, and 1
-//           to 8 warps of the block walk its k in steps of 128, 8 loads of 16 bytes of b each in flight
+//           to 8 warps of the block walk its k in steps of 64, 4 loads of 16 bytes of b each in flight
 // Bytes     reads b once, a once a tile (from the L2), writes y; bound by b
 // Numerics  fp32 sums in the tensor cores, over warps in order; one rounding at the store
 // Source    own. b is the A operand of m16n8k16 straight from global memory: a lane's 16 bytes of a
@@ -26,7 +26,7 @@ namespace {
 constexpr int kTileN = 16;
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
-constexpr int kLoads = 4;           // of 32 k, in flight: each 2 of b
+constexpr int kLoads = 2;           // of 32 k, in flight: each 2 of b
 constexpr int kStep = 32 * kLoads;  // k that a warp takes in one go
 constexpr int64_t kMaxGridY = 65535;
 
@@ -36,7 +36,7 @@ __device__ __forceinline__ uint4 load_or_zero(const void* p, bool load) {
 
 // kRows: of y in units of 8.
 template <typename T, int kRows>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kRows == 1 ? 4 : 3)
     matvec_w16a16_mma_kernel(MatmulArgs p, int warps_per_tile) {
   __shared__ float partials[kWarps][8 * kRows][kTileN];
   griddepcontrol_wait();
