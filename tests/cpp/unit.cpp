@@ -25,8 +25,8 @@
 #include "runtime/shared_activation.h"
 #include "runtime/temp_arena.h"
 #include "runtime/tensor_bridge.h"
-#include "unit_cuda_ops.h"
 #include "runtime/upload_ring.h"
+#include "unit_cuda_ops.h"
 
 using namespace cuda_int4;
 using executorch::runtime::Error;
