@@ -7,6 +7,7 @@
 #include "linear_w4a8.cuh"
 #include "matmul_w4a16.cuh"
 #include "matvec_w4a16_coalesced.cuh"
+#include "matvec_w4a16_mma.cuh"
 
 namespace cuda_int4 {
 
@@ -20,7 +21,34 @@ Status device_status(const LinearArgs& args, cudaError_t code) {
                weight_name(args), cudaGetErrorName(code), cudaGetErrorString(code));
 }
 
+// Tensor cores where they take the shape and the dtype of x; *launched says whether.
+Status linear_coalesced_w4a16_mma(const LinearArgs& args, const ExecutionContext& context,
+                                  bool* launched) {
+  MatvecW4A16MmaArgs kernel_args = {};
+  kernel_args.x = args.x.data;
+  kernel_args.qdata = static_cast<const uint8_t*>(args.qdata.data);
+  kernel_args.scale = args.scale.data;
+  kernel_args.zero_point = args.zero_point.present() ? args.zero_point.data : nullptr;
+  kernel_args.bias = args.bias.present() ? args.bias.data : nullptr;
+  kernel_args.y = args.y.data;
+  kernel_args.dtype = args.x.dtype;
+  kernel_args.scale_dtype = args.scale.dtype;
+  kernel_args.zero_point_dtype =
+      args.zero_point.present() ? args.zero_point.dtype : args.scale.dtype;
+  kernel_args.M = linear_M(args);
+  kernel_args.N = linear_N(args);
+  kernel_args.K = linear_K(args);
+  kernel_args.group_size = args.group_size;
+  return device_status(args, launch_matvec_w4a16_mma(
+                                 kernel_args, static_cast<cudaStream_t>(context.stream), launched));
+}
+
 Status linear_coalesced_w4a16(const LinearArgs& args, const ExecutionContext& context) {
+  if (args.x.dtype != DType::kFloat32) {
+    bool launched = false;
+    CUDA_INT4_RETURN_IF_ERROR(linear_coalesced_w4a16_mma(args, context, &launched));
+    if (launched) return {};
+  }
   MatvecW4A16CoalescedArgs kernel_args = {};
   kernel_args.x = args.x.data;
   kernel_args.qdata = static_cast<const uint32_t*>(args.qdata.data);

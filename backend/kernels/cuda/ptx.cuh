@@ -103,6 +103,15 @@ __device__ __forceinline__ void cp_async_8(uint32_t shared, const void* global) 
   asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared), "l"(global) : "memory");
 }
 
+// The first n_bytes of the kBytes (4 or 8), zeros behind them; through L1.
+template <int kBytes>
+__device__ __forceinline__ void cp_async_l1_up_to(uint32_t shared, const void* global,
+                                                  int n_bytes) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared), "l"(global),
+               "n"(kBytes), "r"(n_bytes)
+               : "memory");
+}
+
 __device__ __forceinline__ void cp_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
@@ -254,6 +263,39 @@ __device__ __forceinline__ void cp_async_mbarrier_arrive(uint32_t barrier) {
 __device__ __forceinline__ void fence_proxy_async() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
+
+// ---- clusters (sm_90) ----
+
+#if __CUDA_ARCH__ >= 900
+
+// A barrier of all threads of all blocks of the cluster, in two halves: what they stored before they
+// arrived, in each other's shared memory too, is visible after the wait.
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// The same place in the shared memory of block `rank` of the cluster.
+__device__ __forceinline__ uint32_t address_in_rank(uint32_t shared, uint32_t rank) {
+  uint32_t address;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared), "r"(rank));
+  return address;
+}
+
+__device__ __forceinline__ void store_cluster(uint32_t address, float value) {
+  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+}
+
+__device__ __forceinline__ void store_cluster(uint32_t address, float4 value) {
+  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(value.x),
+               "f"(value.y), "f"(value.z), "f"(value.w)
+               : "memory");
+}
+
+#endif  // __CUDA_ARCH__ >= 900
 
 // ---- tensor copies, global to shared (sm_90) ----
 
