@@ -17,13 +17,11 @@
 //           partial sums, in the order of k. It only ever waits for blocks of lower index.
 // Block     2 or 4 consumer warpgroups (wgmma, weights from registers) and one producer warpgroup: one
 //           thread feeds a ring of stages (codes and x, by the copy engine), three warps stage the
-//           scales and, where kOrder says so, permute x in shared memory
+//           scales and, up to 64 rows of x, permute x in shared memory
 // Bytes     reads qdata and scales once per kTokens rows of x, x once per kRows weight rows (L2);
 //           bound by memory and by decoding up to M = 64, by the tensor cores above
-// Numerics  fp32 sums. kPlain, kPermuted: weights rounded once to the dtype of x (w4a16_fragments.cuh),
-//           scales of another dtype once more. kGroupSums: weights are not rounded at all; a group's
-//           sum of x * (offset + q) is scaled in fp32. One rounding at the store. Same inputs on the
-//           same GPU, same bits
+// Numerics  weights rounded once to the dtype of x (w4a16_fragments.cuh), scales of another dtype once
+//           more; fp32 sums, one rounding at the store. Same inputs on the same GPU, same bits
 // Source    direct; PTX ISA, wgmma and cp.async.bulk.tensor; stream-K: Osama et al., 2023
 #include <cuda.h>
 #include <cuda_bf16.h>
@@ -54,33 +52,26 @@ constexpr int kSharedLimit = 227 * 1024;
 // launch does not find them. A kernel that clears flags first costs 1 to 2 us a call.
 constexpr uint64_t kPublished = 0xB5297A4D3F84D5E7u;
 
-// How a lane gets its k of the tensor core's fragment. kPlain: the four lanes of a row read the same 16
-// bytes of codes and each takes its bytes (w4a16_fragments.cuh). kPermuted: each lane reads 16 bytes of
-// its own, and the producers permute x to match: a fifth less instructions, for shared-memory traffic
-// that only few rows of x are worth. kGroupSums: permuted, and codes go to the tensor core as they are,
-// offset + q; scale and offset are applied to the sums of a stage: no arithmetic on weights at all.
-enum class Order { kPlain, kPermuted, kGroupSums };
-
-// kWarpgroups of consumers, each with kBlocks blocks of 64 weight rows; kTokens rows of x; kStageK
-// per stage of the ring.
-template <int kWarpgroups_, int kBlocks_, int kTokens_, int kStageK_, Order kOrder_>
+// kWarpgroups of consumers with 64 weight rows each; kTokens rows of x; kStageK per stage of the ring.
+// kPermuted: each lane decodes 16 bytes of codes of its own, and the producers permute x in shared memory
+// to match. Else the four lanes of a row read the same 16 bytes, and each takes its bytes of them: a
+// quarter more instructions, and x as it is.
+template <int kWarpgroups_, int kTokens_, int kStageK_, bool kPermuted_>
 struct Config {
-  static constexpr bool kPermuted = kOrder_ != Order::kPlain;  // x is, in shared memory
-  static constexpr bool kGroupSums = kOrder_ == Order::kGroupSums;
-  static constexpr int kWarpgroups = kWarpgroups_, kBlocks = kBlocks_, kTokens = kTokens_;
-  static constexpr int kStageK = kStageK_;
-  static constexpr int kRows = kWarpgroups * kBlocks * 64;
+  static constexpr int kWarpgroups = kWarpgroups_, kTokens = kTokens_, kStageK = kStageK_;
+  static constexpr bool kPermuted = kPermuted_;
+  static constexpr int kRows = kWarpgroups * 64;
   static constexpr int kConsumers = kWarpgroups * 128;
   static constexpr int kThreads = kConsumers + 128;
-  static constexpr int kSums = kTokens / 2;  // per thread and block of 64 rows
+  static constexpr int kSums = kTokens / 2;  // per thread
   static constexpr int kXBytes = kTokens * kStageK * 2;
   static constexpr int kQRowBytes = kStageK / 2;
   static constexpr int kQBytes = kRows * kQRowBytes;
   static constexpr int kStagedTokens = kWarpgroups == 4 || kTokens == 32 ? 32 : 64;
   static constexpr int kStagingBytes = kWarpgroups * kStagedTokens * 128;
-  // Of 61440 or 64512 in all, as launched with 96 or 168 a thread.
-  static constexpr int kConsumerRegisters = kWarpgroups == 2 ? 216 : kPermuted ? 96 : 104;
-  static constexpr int kProducerRegisters = kWarpgroups == 2 ? 72 : kPermuted ? 96 : 64;
+  // Of 61440 or 64512 in all, as launched with 96 or 168 a thread: more than that would hang.
+  static constexpr int kConsumerRegisters = kWarpgroups == 4 ? 104 : 224;
+  static constexpr int kProducerRegisters = kWarpgroups == 4 ? 64 : 56;
 };
 
 struct Params {
@@ -204,8 +195,8 @@ __device__ __forceinline__ float float_of_bits(uint32_t bits, DType dtype) {
 }
 
 // What the consumers need of a group's scale and zero point, as it lies in shared memory: for fp16 or
-// bf16 weights with zero points, without them, and for sums of groups.
-template <typename T, bool kHasZero, bool kGroupSums>
+// bf16 weights with zero points, and without them.
+template <typename T, bool kHasZero>
 struct Staged {
   using Group = GroupScale<T>;
   static constexpr int kBytes = 16;
@@ -224,7 +215,7 @@ struct Staged {
 };
 
 template <typename T>
-struct Staged<T, false, false> {
+struct Staged<T, false> {
   using Group = SymmetricScale<T>;
   using Pair = typename HalfFormat<T>::Pair;
   static constexpr int kBytes = 4;
@@ -237,26 +228,10 @@ struct Staged<T, false, false> {
   }
 };
 
-// sum x * w = scale * (sum x * (offset + q)) - scale * (offset + zero_point) * sum x
-template <typename T, bool kHasZero>
-struct Staged<T, kHasZero, true> {
-  using Group = float2;
-  static constexpr int kBytes = 8;
-  static __device__ __forceinline__ void store(uint8_t* to, float scale, float zero, bool) {
-    *reinterpret_cast<float2*>(to) =
-        make_float2(scale, -(HalfFormat<T>::kHighMagic + zero) * scale);
-  }
-  static __device__ __forceinline__ Group load(const uint8_t* from, bool) {
-    return *reinterpret_cast<const float2*>(from);
-  }
-};
-
 // 8 rows of x and 128 k, in two halves of 64 k, to the order of the codes in consumers' registers:
 // lane t of a row holds k = 32t .. 32t+31, and takes from its word i the k's 0, 4 | 1, 5 of slice 2i
-// and 2, 6 | 3, 7 of slice 2i + 1. Lanes are 8 rows x 4 words i. Unless sums is null, it gets the sum
-// of each row.
-template <typename T>
-__device__ __forceinline__ void permute_tokens(uint8_t* x, int half_bytes, int lane, float* sums) {
+// and 2, 6 | 3, 7 of slice 2i + 1. Lanes are 8 rows x 4 words i.
+__device__ __forceinline__ void permute_tokens(uint8_t* x, int half_bytes, int lane) {
   const int row = lane % 8, i = lane / 8;
   auto at = [&](int column) {  // 16 bytes: k = 8 * column ..
     return reinterpret_cast<uint4*>(x + column / 8 * half_bytes + row * 128 +
@@ -266,22 +241,6 @@ __device__ __forceinline__ void permute_tokens(uint8_t* x, int half_bytes, int l
 #pragma unroll
   for (int t = 0; t < 4; ++t) from[t] = *at(4 * t + i);
   __syncwarp();
-  if (sums != nullptr) {
-    using Pair = typename HalfFormat<T>::Pair;
-    float sum = 0.f;
-#pragma unroll
-    for (int t = 0; t < 4; ++t) {
-      const uint32_t words[4] = {from[t].x, from[t].y, from[t].z, from[t].w};
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const Pair pair = pair_of_bits<Pair>(words[j]);
-        sum += as_float(pair.x) + as_float(pair.y);
-      }
-    }
-    sum += __shfl_xor_sync(0xffffffffu, sum, 8);
-    sum += __shfl_xor_sync(0xffffffffu, sum, 16);
-    if (lane < 8) sums[lane] = sum;
-  }
   uint32_t to[4][4];
 #pragma unroll
   for (int t = 0; t < 4; ++t) {
@@ -300,7 +259,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
                               const __grid_constant__ CUtensorMap q_map, const Params p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ uint8_t shared_bytes[];
-  using StagedScale = Staged<T, kHasZero, C::kGroupSums>;
+  using StagedScale = Staged<T, kHasZero>;
   using Group = typename StagedScale::Group;
   constexpr int kScaleBytes = StagedScale::kBytes;
   constexpr int kScaleRowBytes = (kGroups + 1) * kScaleBytes;  // one more: no bank conflicts
@@ -315,7 +274,6 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   const uint32_t full = scales_empty + 16;
   const uint32_t empty = full + p.n_ring * 8;
   const uint32_t permuted = empty + p.n_ring * 8;
-  float* x_sums = reinterpret_cast<float*>(staging + C::kStagingBytes + 32 + p.n_ring * 24);
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x % 128 / 32, 0);
   const int lane = threadIdx.x % 32;
@@ -344,7 +302,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   };
 
   if (warpgroup == C::kWarpgroups) {  // ---- producers ----
-    if constexpr (C::kProducerRegisters != 96) setmaxnreg_dec<C::kProducerRegisters>();
+    setmaxnreg_dec<C::kProducerRegisters>();
     if (warp == 0) {
       if (lane == 0) {
         prefetch_tensormap(&x_map);
@@ -422,8 +380,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
             }
             wait(full + 8 * slot, phase);
             for (int i = warp - 1; i < C::kTokens / 8; i += kScaleThreads / 32) {
-              permute_tokens<T>(ring + slot * kStageBytes + i * 8 * 128, C::kTokens * 128, lane,
-                                C::kGroupSums ? x_sums + slot * C::kTokens + i * 8 : nullptr);
+              permute_tokens(ring + slot * kStageBytes + i * 8 * 128, C::kTokens * 128, lane);
             }
             fence_proxy_async();
             __syncwarp();
@@ -437,16 +394,16 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   }
 
   // ---- consumers ----
-  if constexpr (C::kConsumerRegisters != 96) setmaxnreg_inc<C::kConsumerRegisters>();
+  setmaxnreg_inc<C::kConsumerRegisters>();
   if (threadIdx.x == 0) p.flags[blockIdx.x] = 0;  // scratch may never have been written
   constexpr int kSlices = 2;                      // of 16 k, between two commits
-  constexpr int kSteps = C::kStageK / 16 / kSlices * C::kBlocks;
+  constexpr int kSteps = C::kStageK / 16 / kSlices;
   static_assert(kSteps % 2 == 0, "two fragment buffers take turns");
   static_assert(C::kStageK <= kChunkK * kGroups, "scales change between stages only");
-  static_assert(!C::kPermuted || (C::kStageK == 128 && C::kBlocks == 1), "permute_tokens");
+  static_assert(!C::kPermuted || C::kStageK == 128, "permute_tokens");
   const int g = lane / 4, t = lane % 4;
   const uint32_t selector = fragment_selector(t);
-  const int first_row = warpgroup * C::kBlocks * 64 + warp * 16 + g;
+  const int first_row = warpgroup * 64 + warp * 16 + g;
   const int swizzle = swizzle_of<C::kQRowBytes>(g);
   const uint8_t* q_lane = ring + C::kXBytes + first_row * C::kQRowBytes;
   const uint8_t* scale_lane = scales + first_row * kScaleRowBytes;
@@ -454,25 +411,21 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   uint32_t scale_phase = 1;
   bool has_scales = false;
 
-  float sum[C::kBlocks][C::kSums];
-  float total[C::kGroupSums ? C::kSums : 1];
+  float sum[C::kSums];
   uint32_t frag[2][kSlices][4];
   uint4 codes[2];  // of rows g and g + 8: 32 k of the row's, or of this lane's
   Group group[2];
   auto load_codes = [&](int k, int step) {  // of stage k of the tile, in slot `slot`
     if (C::kPermuted && step > 0) return;
-    const int block = step % C::kBlocks, chunk = C::kPermuted ? t : step / C::kBlocks;
+    const int chunk = C::kPermuted ? t : step;
     const int group_slot =
         ((k * (C::kStageK / kChunkK) + chunk) >> p.chunks_per_group_log2) & (kGroups - 1);
-    const uint8_t* q =
-        q_lane + slot * kStageBytes + block * 64 * C::kQRowBytes + ((chunk ^ swizzle) * 16);
-    const uint8_t* m = scale_lane + scale_slot * kScaleBlockBytes + block * 64 * kScaleRowBytes +
-                       group_slot * kScaleBytes;
+    const uint8_t* q = q_lane + slot * kStageBytes + ((chunk ^ swizzle) * 16);
+    const uint8_t* from = scale_lane + scale_slot * kScaleBlockBytes + group_slot * kScaleBytes;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       codes[half] = *reinterpret_cast<const uint4*>(q + half * 8 * C::kQRowBytes);
-      if (!C::kGroupSums)
-        group[half] = StagedScale::load(m + half * 8 * kScaleRowBytes, C::kPermuted);
+      group[half] = StagedScale::load(from + half * 8 * kScaleRowBytes, C::kPermuted);
     }
   };
   // Waits for stage k; a tile's first stage and every stages_per_scales-th bring new scales.
@@ -493,15 +446,10 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     const int m0 = work.tile % p.tiles_m * C::kTokens;
     const int n0 = work.tile / p.tiles_m * C::kRows;
 #pragma unroll
-    for (int b = 0; b < C::kBlocks; ++b) {
-#pragma unroll
-      for (int i = 0; i < C::kSums; ++i) sum[b][i] = 0.f;
-    }
-#pragma unroll
-    for (float& value : total) value = 0.f;
+    for (int i = 0; i < C::kSums; ++i) sum[i] = 0.f;
     wait_stage(work.k_begin, true);
     load_codes(work.k_begin, 0);
-    int previous = -1;
+    int previous = -1;  // the stage whose slot is not yet given back
     for (int k = work.k_begin; k < work.k_end; ++k) {
       // the shuffle tells the compiler that this is one value per warp: 20 instructions less per stage
       const uint32_t x_descriptor =
@@ -513,13 +461,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const uint4 c = codes[half];
-          const uint32_t word = step == 0 ? c.x : step == 1 ? c.y : step == 2 ? c.z : c.w;
-          if constexpr (C::kGroupSums) {
-            uint32_t pairs[4];
-            offset_codes_of_word(word, pairs, T());
-#pragma unroll
-            for (int i = 0; i < 4; ++i) a[i / 2][half + i % 2 * 2] = pairs[i];
-          } else if constexpr (C::kPermuted) {
+          if constexpr (C::kPermuted) {
+            const uint32_t word = step == 0 ? c.x : step == 1 ? c.y : step == 2 ? c.z : c.w;
             fragments_of_word<T>(word, group[half], a[0][half], a[0][half + 2], a[1][half],
                                  a[1][half + 2]);
           } else {
@@ -530,29 +473,12 @@ __global__ void __launch_bounds__(C::kThreads, 1)
         wgmma_fence();
 #pragma unroll
         for (int s = 0; s < kSlices; ++s) {
-          const int slice = step / C::kBlocks * kSlices + s;  // of the stage
+          const int slice = step * kSlices + s;  // of the stage
           const int offset = slice / 4 * C::kTokens * 128 + slice % 4 * 32;
-          const uint32_t b = x_descriptor + (offset >> 4);
-          if constexpr (C::kGroupSums) {
-            wgmma_m64n32k16(sum[0], a[s], whole_descriptor(b), T(), slice > 0);
-          } else {
-            Wgmma<C::kTokens>::template run<T>(sum[step % C::kBlocks], a[s], b);
-          }
+          Wgmma<C::kTokens>::template run<T>(sum, a[s], x_descriptor + (offset >> 4));
         }
         wgmma_commit_group();
-        float2 stage_scale[2], stage_x[C::kTokens / 8];
-        if (C::kGroupSums && step + 1 == kSteps) {
-          const int group_slot =
-              ((k * (C::kStageK / kChunkK)) >> p.chunks_per_group_log2) & (kGroups - 1);
-          const uint8_t* m = scale_lane + scale_slot * kScaleBlockBytes + group_slot * kScaleBytes;
-          stage_scale[0] = *reinterpret_cast<const float2*>(m);
-          stage_scale[1] = *reinterpret_cast<const float2*>(m + 8 * kScaleRowBytes);
-#pragma unroll
-          for (int j = 0; j < C::kTokens / 8; ++j) {
-            stage_x[j] =
-                *reinterpret_cast<const float2*>(x_sums + slot * C::kTokens + 8 * j + 2 * t);
-          }
-        }
+        // What the next step decodes is under way before the wait for the step before.
         if (step + 1 < kSteps) {
           load_codes(k, step + 1);
         } else {
@@ -562,42 +488,22 @@ __global__ void __launch_bounds__(C::kThreads, 1)
             load_codes(k + 1, 0);
           }
         }
-        if (C::kGroupSums && step + 1 == kSteps) {
-          wgmma_wait_group<0>();
-          __syncwarp();
-          if (lane == 0) mbarrier_arrive(empty + 8 * current);
-#pragma unroll
-          for (int i = 0; i < C::kSums; ++i) {  // i = 4j + 2 * half + token
-            const float2 scale = stage_scale[i / 2 % 2];
-            const float x_sum = i % 2 == 0 ? stage_x[i / 4].x : stage_x[i / 4].y;
-            float& value = total[C::kGroupSums ? i : 0];
-            value = fmaf(scale.x, sum[0][i], fmaf(scale.y, x_sum, value));
-          }
-        } else {
-          wgmma_wait_group<1>();
-          if (!C::kGroupSums && step == 0 && previous >= 0 && lane == 0) {
-            mbarrier_arrive(empty + 8 * previous);
-          }
-        }
+        wgmma_wait_group<1>();
+        if (step == 0 && previous >= 0 && lane == 0) mbarrier_arrive(empty + 8 * previous);
       }
       previous = current;
     }
-    if (C::kGroupSums) {
-#pragma unroll
-      for (int i = 0; i < C::kSums; ++i) sum[0][i] = total[C::kGroupSums ? i : 0];
-    } else {
-      wgmma_wait_group<0>();
-      if (lane == 0) mbarrier_arrive(empty + 8 * previous);
-    }
+    wgmma_wait_group<0>();
+    if (lane == 0) mbarrier_arrive(empty + 8 * previous);
 
     const int consumer = threadIdx.x;
-    constexpr int kQuads = C::kBlocks * C::kSums / 4;
+    constexpr int kQuads = C::kSums / 4;
     if (work.k_end < work.stages) {  // the block with the last stage of this tile adds this up
       float4* partial = reinterpret_cast<float4*>(p.partials) +
                         int64_t{blockIdx.x} * kQuads * C::kConsumers + consumer;
 #pragma unroll
       for (int i = 0; i < kQuads; ++i) {
-        const float* s = &sum[i / (C::kSums / 4)][i % (C::kSums / 4) * 4];
+        const float* s = sum + 4 * i;
         __stcg(partial + i * C::kConsumers, make_float4(s[0], s[1], s[2], s[3]));
       }
       bar_sync(1, C::kConsumers);
@@ -620,7 +526,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 #pragma unroll
         for (int i = 0; i < kQuads; ++i) {
           const float4 v = __ldcg(partial + i * C::kConsumers);
-          float* s = &sum[i / (C::kSums / 4)][i % (C::kSums / 4) * 4];
+          float* s = sum + 4 * i;
           s[0] += v.x;
           s[1] += v.y;
           s[2] += v.z;
@@ -635,50 +541,47 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     T* y = static_cast<T*>(p.y);
     const bool in_vectors = p.N % 8 == 0 && reinterpret_cast<uintptr_t>(p.y) % 16 == 0;
     const int thread = threadIdx.x % 128;
+    const int n_block = n0 + warpgroup * 64;
+    float bias_of[2] = {0.f, 0.f};
+    if (bias != nullptr) {
 #pragma unroll
-    for (int b = 0; b < C::kBlocks; ++b) {
-      const int n_block = n0 + (warpgroup * C::kBlocks + b) * 64;
-      float bias_of[2] = {0.f, 0.f};
-      if (bias != nullptr) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int n = n_block + warp * 16 + g + half * 8;
-          if (n < p.N) bias_of[half] = as_float(bias[n]);
-        }
+      for (int half = 0; half < 2; ++half) {
+        const int n = n_block + warp * 16 + g + half * 8;
+        if (n < p.N) bias_of[half] = as_float(bias[n]);
       }
+    }
 #pragma unroll
-      for (int first = 0; first < C::kTokens; first += C::kStagedTokens) {
-        bar_sync(2 + warpgroup, 128);  // the last reads of `out` are over
+    for (int first = 0; first < C::kTokens; first += C::kStagedTokens) {
+      bar_sync(2 + warpgroup, 128);  // the last reads of `out` are over
 #pragma unroll
-        for (int j = 0; j < C::kStagedTokens; j += 16) {
-          uint32_t packed[4];
+      for (int j = 0; j < C::kStagedTokens; j += 16) {
+        uint32_t packed[4];
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const float* s = &sum[b][(first + j) / 2 + i * 2];
-            packed[i] = bits_of_pair(typename HalfFormat<T>::Pair{
-                from_float<T>(s[0] + bias_of[i % 2]), from_float<T>(s[1] + bias_of[i % 2])});
-          }
-          const int token = j + lane / 16 * 8 + lane % 8, column = warp * 2 + lane / 8 % 2;
-          stmatrix_x4_trans(shared_address(out + token * 128 + ((column ^ (token & 7)) * 16)),
-                            packed[0], packed[1], packed[2], packed[3]);
+        for (int i = 0; i < 4; ++i) {
+          const float* s = sum + (first + j) / 2 + i * 2;
+          packed[i] = bits_of_pair(typename HalfFormat<T>::Pair{
+              from_float<T>(s[0] + bias_of[i % 2]), from_float<T>(s[1] + bias_of[i % 2])});
         }
-        bar_sync(2 + warpgroup, 128);
-        const int column = thread % 8, n = n_block + column * 8;
-        if (n < p.N) {
+        const int token = j + lane / 16 * 8 + lane % 8, column = warp * 2 + lane / 8 % 2;
+        stmatrix_x4_trans(shared_address(out + token * 128 + ((column ^ (token & 7)) * 16)),
+                          packed[0], packed[1], packed[2], packed[3]);
+      }
+      bar_sync(2 + warpgroup, 128);
+      const int column = thread % 8, n = n_block + column * 8;
+      if (n < p.N) {
 #pragma unroll 4
-          for (int token = thread / 8; token < C::kStagedTokens; token += 16) {
-            const int m = m0 + first + token;
-            if (m >= p.M) break;
-            const Elems<T, 8> values = *reinterpret_cast<const Elems<T, 8>*>(
-                out + token * 128 + ((column ^ (token & 7)) * 16));
-            T* to = y + int64_t{m} * p.N + n;
-            if (in_vectors) {
-              *reinterpret_cast<Elems<T, 8>*>(to) = values;
-            } else {
+        for (int token = thread / 8; token < C::kStagedTokens; token += 16) {
+          const int m = m0 + first + token;
+          if (m >= p.M) break;
+          const Elems<T, 8> values = *reinterpret_cast<const Elems<T, 8>*>(
+              out + token * 128 + ((column ^ (token & 7)) * 16));
+          T* to = y + int64_t{m} * p.N + n;
+          if (in_vectors) {
+            *reinterpret_cast<Elems<T, 8>*>(to) = values;
+          } else {
 #pragma unroll
-              for (int i = 0; i < 8; ++i) {
-                if (n + i < p.N) to[i] = values.values[i];
-              }
+            for (int i = 0; i < 8; ++i) {
+              if (n + i < p.N) to[i] = values.values[i];
             }
           }
         }
@@ -791,10 +694,9 @@ cudaError_t launch_config(const MatmulW4A16Args& args, void* scratch, int n_mult
     p.chunks_per_group_log2 = 0;
     while (kChunkK << p.chunks_per_group_log2 < group_size) ++p.chunks_per_group_log2;
   }
-  constexpr int kStageBytes = C::kXBytes + C::kQBytes + 3 * 8 + 4 * C::kTokens;
+  constexpr int kStageBytes = C::kXBytes + C::kQBytes + 3 * 8;
   constexpr int kOtherBytes =
-      1024 + 2 * C::kRows * (kGroups + 1) * Staged<T, kHasZero, C::kGroupSums>::kBytes +
-      C::kStagingBytes + 4 * 8;
+      1024 + 2 * C::kRows * (kGroups + 1) * Staged<T, kHasZero>::kBytes + C::kStagingBytes + 4 * 8;
   p.n_ring = std::min((kSharedLimit - kOtherBytes) / kStageBytes, 12);
   const int shared = kOtherBytes + p.n_ring * kStageBytes;
 
@@ -819,20 +721,18 @@ template <typename F>
 auto with_config(const MatmulW4A16Args& args, F f) {
   const bool is_wide = args.N >= 8192;
   if (args.M <= 32) {
-    return is_wide ? f(Config<4, 1, 32, 128, Order::kPermuted>())
-                   : f(Config<2, 1, 32, 128, Order::kPermuted>());
+    return is_wide ? f(Config<4, 32, 128, true>()) : f(Config<2, 32, 128, true>());
   }
   if (args.M <= 64) {
-    return is_wide ? f(Config<4, 1, 64, 128, Order::kPlain>())
-                   : f(Config<2, 1, 64, 128, Order::kPlain>());
+    return is_wide ? f(Config<4, 64, 128, true>()) : f(Config<2, 64, 128, true>());
   }
   // A row of x costs a tenth more in tiles of 128, which waste fewer of them.
   const int64_t tokens_128 = (args.M + 127) / 128 * 128, tokens_256 = (args.M + 255) / 256 * 256;
   const bool is_small = args.M <= 256 && args.N <= 4096 && args.K <= 8192;
   if (11 * tokens_128 < 10 * tokens_256 || is_small) {
-    return f(Config<2, 1, 128, 128, Order::kPlain>());
+    return f(Config<2, 128, 128, false>());
   }
-  return f(Config<2, 1, 256, 64, Order::kPlain>());
+  return f(Config<2, 256, 64, false>());
 }
 
 template <typename T>
