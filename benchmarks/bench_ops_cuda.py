@@ -107,7 +107,9 @@ int bench_matmul(void* x, void* w, void* y, int64_t which, int64_t dtype, int64_
 }
 """
 DTYPE_NUMBERS = {torch.float16: 5, torch.float32: 6, torch.bfloat16: 15}
+BF16 = DTYPE_NUMBERS[torch.bfloat16]
 SUM, MAXIMUM = 0, 4  # cuda/reduce.h Reduction
+PLAIN = 3  # the last of bench_matmul's kernels
 ROTATE_BYTES = 260_000_000
 REPLAYS = 15
 SCRATCH_BYTES = 64 << 20
@@ -162,6 +164,11 @@ def microseconds(call: Callable[[int], object], n_calls: int) -> float:
     return statistics.median(times[2:])
 
 
+def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Signed values on the GPU."""
+    return (torch.randn(shape, device="cuda") / 4).to(dtype)
+
+
 class Bench:
     """The library, its scratch, and one table row after the other."""
 
@@ -207,123 +214,139 @@ class Bench:
         share = f"{nbytes / float(time) / 4.3e6:.0%}" if time[0].isdigit() else "-"
         print(f"| {what} | {time} | {torchs:.2f} | {share} |", flush=True)
 
+    def rms_norm(self, rows: int, D: int) -> None:
+        """One line each, here and below."""
+        x, w = normal(rows, D), normal(D)
+        y, wide = torch.empty_like(x), x.double()
+        exact = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w.double()
+        self.row(
+            f"rms_norm [{rows}, {D}] bf16",
+            lambda _: self.call("rms_norm", x, w, y, BF16, rows, D),
+            lambda _: F.rms_norm(x, (D,), w, 1e-5),
+            y, exact, 2 * x.nbytes,
+        )  # fmt: skip
+
+    def silu(self, n: int) -> None:
+        """As rms_norm."""
+        x = normal(n)
+        y = torch.empty_like(x)
+        exact = x.double() * x.double().sigmoid()
+        self.row(
+            f"silu [{n}] bf16",
+            lambda _: self.call("silu", x, y, BF16, n),
+            lambda _: F.silu(x),
+            y, exact, 2 * x.nbytes,
+        )  # fmt: skip
+
+    def layer_norm(self, rows: int, D: int) -> None:
+        """With weight and bias."""
+        x, w, b = normal(rows, D), normal(D), normal(D)
+        y, moments = torch.empty_like(x), torch.empty(2, rows, device="cuda", dtype=x.dtype)
+        self.row(
+            f"layer_norm [{rows}, {D}] bf16",
+            lambda _: self.call("layer_norm", x, w, b, y, moments[0], moments[1], BF16, rows, D),
+            lambda _: F.layer_norm(x, (D,), w, b),
+            y, F.layer_norm(x.double(), (D,), w.double(), b.double()), 2 * x.nbytes,
+        )  # fmt: skip
+
+    def softmax(self, rows: int, n: int) -> None:
+        """Over the last dimension."""
+        x = normal(rows, n)
+        y = torch.empty_like(x)
+        self.row(
+            f"softmax [{rows}, {n}] bf16",
+            lambda _: self.call("softmax", x, y, BF16, rows, n),
+            lambda _: x.softmax(-1),
+            y, x.double().softmax(-1), 2 * x.nbytes,
+        )  # fmt: skip
+
+    def argmax(self, n: int, dtype: torch.dtype) -> None:
+        """Of one row, as greedy decoding takes it."""
+        x = normal(1, n, dtype=dtype)
+        y = torch.empty(1, dtype=torch.int64, device="cuda")
+        number = DTYPE_NUMBERS[dtype]
+        self.row(
+            f"argmax [1, {n}] {str(dtype)[6:]}",
+            lambda _: self.call(
+                "reduce", x, None, y, number, MAXIMUM, 1, n, self.scratch, SCRATCH_BYTES
+            ),
+            lambda _: x.argmax(-1),
+            y, x.cpu().argmax(-1).double().cuda(), x.nbytes,
+        )  # fmt: skip
+
+    def sum(self, rows: int, n: int) -> None:
+        """Over the last dimension."""
+        x = torch.rand(rows, n, device="cuda")
+        y = torch.empty(rows, device="cuda")
+        number = DTYPE_NUMBERS[x.dtype]
+        self.row(
+            f"sum [{rows}, {n}] float32, dim -1",
+            lambda _: self.call(
+                "reduce", x, y, None, number, SUM, rows, n, self.scratch, SCRATCH_BYTES
+            ),
+            lambda _: x.sum(-1),
+            y, x.double().sum(-1), x.nbytes,
+        )  # fmt: skip
+
     def rows_of_norms(self) -> None:
-        """rms_norm, silu, layer_norm, softmax, argmax, sum."""
+        """The first table."""
         print("| op | ours, us | torch, us | ours, share of 4.3 TB/s |")
         print("| --- | ---: | ---: | ---: |")
-        t = torch.bfloat16
-        number = DTYPE_NUMBERS[t]
-        for rows, D in ((1, 4096), (1, 8192), (16, 4096), (512, 4096), (4096, 4096)):
-            x, w = (torch.randn(n, D, device="cuda").to(t) for n in (rows, 1))
-            y, wide = torch.empty_like(x), x.double()
-            exact = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w.double()
-            self.row(
-                f"rms_norm [{rows}, {D}] bf16",
-                lambda _, x=x, w=w, y=y, r=rows, D=D: self.call("rms_norm", x, w, y, number, r, D),
-                lambda _, x=x, w=w[0], D=D: F.rms_norm(x, (D,), w, 1e-5),
-                y, exact, 2 * x.nbytes,
-            )  # fmt: skip
+        for rows, n in ((1, 4096), (1, 8192), (16, 4096), (512, 4096), (4096, 4096)):
+            self.rms_norm(rows, n)
         for n in (14336, 14336 * 512):
-            x = torch.randn(n, device="cuda").to(t)
-            y = torch.empty_like(x)
-            self.row(
-                f"silu [{n}] bf16",
-                lambda _, x=x, y=y, n=n: self.call("silu", x, y, number, n),
-                lambda _, x=x: F.silu(x),
-                y, x.double() * x.double().sigmoid(), 2 * x.nbytes,
-            )  # fmt: skip
-        for rows, D in ((1, 1280), (257, 1280), (2056, 1280), (4096, 4096)):
-            x, w, b = (torch.randn(n, D, device="cuda").to(t) for n in (rows, 1, 1))
-            y, m = torch.empty_like(x), torch.empty(2, rows, device="cuda", dtype=t)
-            exact = F.layer_norm(x.double(), (D,), w[0].double(), b[0].double())
-            self.row(
-                f"layer_norm [{rows}, {D}] bf16",
-                lambda _, x=x, w=w, b=b, y=y, m=m, r=rows, D=D: self.call(
-                    "layer_norm", x, w, b, y, m[0], m[1], number, r, D
-                ),
-                lambda _, x=x, w=w[0], b=b[0], D=D: F.layer_norm(x, (D,), w, b),
-                y, exact, 2 * x.nbytes,
-            )  # fmt: skip
+            self.silu(n)
+        for rows, n in ((1, 1280), (257, 1280), (2056, 1280), (4096, 4096)):
+            self.layer_norm(rows, n)
         for rows, n in ((32, 1024), (4112, 257), (32 * 512, 512), (1, 128256)):
-            x = torch.randn(rows, n, device="cuda").to(t)
-            y = torch.empty_like(x)
-            self.row(
-                f"softmax [{rows}, {n}] bf16",
-                lambda _, x=x, y=y, r=rows, n=n: self.call("softmax", x, y, number, r, n),
-                lambda _, x=x: x.softmax(-1),
-                y, x.double().softmax(-1), 2 * x.nbytes,
-            )  # fmt: skip
-        for dtype in (torch.float32, t):
-            x = torch.randn(1, 128256, device="cuda").to(dtype)
-            y = torch.empty(1, dtype=torch.int64, device="cuda")
-            self.row(
-                f"argmax [1, 128256] {str(dtype)[6:]}",
-                lambda _, x=x, y=y: self.call(
-                    "reduce", x, None, y, DTYPE_NUMBERS[x.dtype], MAXIMUM, 1, x.shape[1],
-                    self.scratch, SCRATCH_BYTES,
-                ),
-                lambda _, x=x: x.argmax(-1),
-                y, x.cpu().argmax(-1).double().cuda(), x.nbytes,
-            )  # fmt: skip
+            self.softmax(rows, n)
+        for dtype in (torch.float32, torch.bfloat16):
+            self.argmax(128256, dtype)
         for rows, n in ((4096, 4096), (1, 1 << 20), (32, 128)):
-            x = torch.rand(rows, n, device="cuda")
-            y = torch.empty(rows, device="cuda")
-            self.row(
-                f"sum [{rows}, {n}] float32, dim -1",
-                lambda _, x=x, y=y, r=rows, n=n: self.call(
-                    "reduce", x, y, None, DTYPE_NUMBERS[x.dtype], SUM, r, n, self.scratch,
-                    SCRATCH_BYTES,
-                ),
-                lambda _, x=x: x.sum(-1),
-                y, x.double().sum(-1), x.nbytes,
+            self.sum(rows, n)
+
+    def product(self, dtype: torch.dtype, M: int, N: int, K: int) -> None:
+        """One line of the second table."""
+        nbytes = N * K * dtype.itemsize
+        n_copies = max(1, -(-ROTATE_BYTES // nbytes))
+        copies = [normal(N, K, dtype=dtype) for _ in range(n_copies)]
+        x, y = normal(M, K, dtype=dtype), torch.empty(M, N, device="cuda", dtype=dtype)
+        exact = x.double() @ copies[0].double().T
+        n_calls = max(8, 2 * n_copies)
+
+        def ours(which: int) -> Callable[[int], None]:
+            return lambda i: self.call(
+                "matmul", x, copies[i % n_copies], y, which, DTYPE_NUMBERS[dtype], M, N, K,
+                self.scratch, SCRATCH_BYTES,
             )  # fmt: skip
+
+        times = [
+            "-" if which == PLAIN and M > 64 else self.time(ours(which), y, exact, n_calls)
+            for which in range(PLAIN + 1)
+        ]
+        theirs = microseconds(lambda i: F.linear(x, copies[i % n_copies]), n_calls)
+        share = f"{nbytes / float(times[0]) / 4.3e6:.0%}" if times[0][0].isdigit() else "-"
+        what = f"M={M} N={N} K={K} {str(dtype)[6:]}"
+        print(
+            f"| {what} | {times[0]} | {share} | {' | '.join(times[1:])} | {theirs:.2f} |",
+            flush=True,
+        )
 
     def rows_of_products(self) -> None:
         """Products x [M, K] @ w [N, K].T: what the library picks, and what it picks from."""
         print("\n| x @ w.T | picked, us | share of 4.3 TB/s | cuBLASLt | tiles | plain | torch |")
         print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
-        bf16, fp32 = torch.bfloat16, torch.float32
-        cases = [
-            (bf16, M, N, K)
-            for N, K in ((4096, 4096), (28672, 4096), (4096, 14336), (1280, 1280), (128256, 4096))
-            for M in (1, 8, 16)
-        ]
-        cases += [(bf16, M, 4096, 4096) for M in (32, 256, 1024)]
-        cases += [(bf16, 257, 3840, 1280), (torch.float16, 1, 4096, 4096)]
-        cases += [(fp32, M, 4096, 4096) for M in (1, 8, 64, 512)] + [(fp32, 1, 128256, 2048)]
-        for dtype, M, N, K in cases:
-            nbytes = N * K * dtype.itemsize
-            copies = [
-                (torch.randn(N, K, device="cuda") / 8).to(dtype)
-                for _ in range(max(1, -(-ROTATE_BYTES // nbytes)))
-            ]
-            x = torch.randn(M, K, device="cuda").to(dtype)
-            y = torch.empty(M, N, device="cuda", dtype=dtype)
-            exact = x.double() @ copies[0].double().T
-            n_calls = max(8, 2 * len(copies))
-            times = []
-            for which in range(4):
-                if which == 3 and M > 64:
-                    times.append("-")
-                    continue
-                times.append(
-                    self.time(
-                        lambda i, which=which, x=x, y=y, copies=copies: self.call(
-                            "matmul", x, copies[i % len(copies)], y, which, DTYPE_NUMBERS[x.dtype],
-                            *y.shape, x.shape[1], self.scratch, SCRATCH_BYTES,
-                        ),
-                        y, exact, n_calls,
-                    )
-                )  # fmt: skip
-            theirs = microseconds(
-                lambda i, x=x, copies=copies: F.linear(x, copies[i % len(copies)]), n_calls
-            )
-            share = f"{nbytes / float(times[0]) / 4.3e6:.0%}" if times[0][0].isdigit() else "-"
-            what = f"M={M} N={N} K={K} {str(dtype)[6:]}"
-            print(
-                f"| {what} | {times[0]} | {share} | {' | '.join(times[1:])} | {theirs:.2f} |",
-                flush=True,
-            )
+        weights = ((4096, 4096), (28672, 4096), (4096, 14336), (1280, 1280), (128256, 4096))
+        for N, K in (*weights, (50257, 768)):
+            for M in (1, 8, 16):
+                self.product(torch.bfloat16, M, N, K)
+        for M in (32, 256, 1024):
+            self.product(torch.bfloat16, M, 4096, 4096)
+        self.product(torch.bfloat16, 257, 3840, 1280)
+        self.product(torch.float16, 1, 4096, 4096)
+        for M in (1, 8, 64, 512):
+            self.product(torch.float32, M, 4096, 4096)
+        self.product(torch.float32, 1, 128256, 2048)
 
 
 def main() -> int:

@@ -241,18 +241,18 @@ def norms() -> Iterator[Case]:
         yield Case(
             f"layer_norm of two {dtype}", lambda x, w: F.layer_norm(x, (5, 6), w), made(x, w)
         )
-        for shape, groups in (((2, 6, 5), 3), ((3, 32, 9, 7), 8), ((1, 4, 100, 30), 2)):
-            C = shape[1]
-            x, w, b = normal(*shape, dtype=dtype), normal(C, dtype=dtype), normal(C, dtype=dtype)
+        for inner, N, C, groups in (((5,), 2, 6, 3), ((9, 7), 3, 32, 8), ((100, 30), 1, 4, 2)):
+            planes = (N, C, *inner)
+            x, w, b = normal(*planes, dtype=dtype), normal(C, dtype=dtype), normal(C, dtype=dtype)
             yield Case(
-                f"group_norm {shape} {dtype}",
+                f"group_norm {planes} {dtype}",
                 lambda x, w, b, g=groups: F.group_norm(x, g, w, b),
                 made(x, w, b),
                 roundings=2,
             )
             variance = made(x, w, b, b, lambda g, C=C, t=dtype: (torch.rand(C) + 0.5).to(t))
             yield Case(
-                f"batch_norm {shape} {dtype}",
+                f"batch_norm {planes} {dtype}",
                 lambda x, w, b, m, v: F.batch_norm(x, m, v, w, b),
                 variance,
                 roundings=2,
