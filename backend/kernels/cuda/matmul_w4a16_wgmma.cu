@@ -720,10 +720,12 @@ cudaError_t launch_config(const MatmulW4A16Args& args, void* scratch, int n_mult
 template <typename F>
 auto with_config(const MatmulW4A16Args& args, F f) {
   const bool is_wide = args.N >= 8192;
-  if (args.M <= 32) {
+  // So many scales and zero points keep the producers busy: they shall not permute x as well.
+  const bool has_many_scales = args.group_size == 32 && args.zero_point != nullptr;
+  if (args.M <= 32 && !has_many_scales) {
     return is_wide ? f(Config<4, 32, 128, true>()) : f(Config<2, 32, 128, true>());
   }
-  if (args.M <= 64) {
+  if (args.M <= 64 && !has_many_scales) {
     return is_wide ? f(Config<4, 64, 128, true>()) : f(Config<2, 64, 128, true>());
   }
   // A row of x costs a tenth more in tiles of 128, which waste fewer of them.
