@@ -49,7 +49,7 @@ constexpr int kMaxBlocks = kFlagBytes / 8;
 constexpr int kSharedLimit = 227 * 1024;
 // What a block writes to its flag when its partial sums are there. Scratch is not cleared: these are 64
 // bits that nothing writes by accident, and who waits for them puts 0 in their place, so that the next
-// launch does not find them. A kernel that clears flags first costs 1 to 2 us a call.
+// launch does not find them. A kernel that clears flags first costs 0.4 to 1.1 us a call.
 constexpr uint64_t kPublished = 0xB5297A4D3F84D5E7u;
 
 // kWarpgroups of consumers with 64 weight rows each; kTokens rows of x; kStageK per stage of the ring.
