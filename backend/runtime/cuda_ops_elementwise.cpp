@@ -96,7 +96,7 @@ struct Elementwise {
       if (promotes) promotion.add(scalar);
       return;
     }
-    args.in[k] = call.input(i);
+    args.in[k] = call.tensor(i);
     if (!call.ok()) return;
     if (promotes) promotion.add(args.in[k]);
     broadcast(args.in[k]);

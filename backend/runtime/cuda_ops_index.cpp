@@ -17,7 +17,7 @@ bool is_index(const TensorView& view) {
 }
 
 TensorView index_input(TensorOpCall& call, size_t i) {
-  const TensorView index = call.input(i);
+  const TensorView index = call.tensor(i);
   call.require(is_index(index), "an index of int32 or int64");
   return index;
 }
@@ -53,6 +53,7 @@ void over_positions(TensorOpCall& call, const TensorView& x, int dim, const Tens
 }
 
 void gather(TensorOpCall& call, const IndexArgs& args) {
+  call.require(args.plain.dtype == args.indexed.dtype, "a result of the tensor's dtype");
   if (const TensorKernels* table = call.kernels()) {
     IndexArgs named = args;
     named.who = call.op();
@@ -73,7 +74,7 @@ void scatter(TensorOpCall& call, const IndexArgs& args) {
 // embedding(weight, indices, padding_idx, scale_grad_by_freq, sparse, *, out)
 void embedding_out(KernelRuntimeContext& context, Stack stack) {
   TensorOpCall call("embedding.out", stack, 6);
-  const TensorView weight = call.input(0), index = index_input(call, 1);
+  const TensorView weight = call.tensor(0), index = index_input(call, 1);
   call.require(weight.ndim == 2, "a weight of 2 dimensions");
   IndexArgs args = {};
   over_positions(call, weight, 0, index, &args);
@@ -85,7 +86,7 @@ void embedding_out(KernelRuntimeContext& context, Stack stack) {
 // index_select(self, dim, index, *, out)
 void index_select_out(KernelRuntimeContext& context, Stack stack) {
   TensorOpCall call("index_select.out", stack, 4);
-  const TensorView x = call.input(0), index = index_input(call, 2);
+  const TensorView x = call.tensor(0), index = index_input(call, 2);
   const int dim = call.dim(call.integer(1), x.ndim);
   call.require(index.ndim <= 1, "an index of one dimension");
   if (!call.ok()) return call.finish(context);
@@ -122,7 +123,7 @@ void along_dim(TensorOpCall& call, const TensorView& x, int dim, const TensorVie
 // gather(self, dim, index, *, sparse_grad, out)
 void gather_out(KernelRuntimeContext& context, Stack stack) {
   TensorOpCall call("gather.out", stack, 5);
-  const TensorView x = call.input(0), index = index_input(call, 2);
+  const TensorView x = call.tensor(0), index = index_input(call, 2);
   const int dim = call.dim(call.integer(1), x.ndim);
   IndexArgs args = {};
   along_dim(call, x, dim, index, &args);
@@ -134,6 +135,7 @@ void gather_out(KernelRuntimeContext& context, Stack stack) {
 /// out = self, unless it is self.
 TensorView out_as_self(TensorOpCall& call, size_t i, const TensorView& self) {
   const TensorView out = call.out(i, self);
+  call.require(out.dtype == self.dtype, "a result of the tensor's dtype");
   if (call.ok() && out.data != self.data) call.move(out, self);
   return out;
 }
@@ -142,14 +144,13 @@ TensorView out_as_self(TensorOpCall& call, size_t i, const TensorView& self) {
 template <bool kAdds>
 void scatter_out(KernelRuntimeContext& context, Stack stack) {
   TensorOpCall call(kAdds ? "scatter_add.out" : "scatter.out", stack, 5);
-
-  const TensorView self = call.input(0), index = index_input(call, 2);
+  const TensorView self = call.tensor(0), index = index_input(call, 2);
   const int dim = call.dim(call.integer(1), self.ndim);
   IndexArgs args = {};
   const TensorView out = out_as_self(call, 4, self);
   along_dim(call, out, dim, index, &args);
   if (call.ok() && stack[3]->isTensor()) {
-    const TensorView src = call.input(3);
+    const TensorView src = call.tensor(3);
     call.require(src.ndim == index.ndim && src.dtype == self.dtype,
                  "a source of the tensor's dtype and as many dimensions as the index");
     for (int d = 0; d < index.ndim && call.ok(); ++d)
@@ -180,7 +181,7 @@ void by_indices(TensorOpCall& call, const TensorView& x, size_t list, IndexArgs*
   TensorView indices[kMaxDims];
   int first = -1, last = -1, n_given = 0, index_ndim = 0;
   for (int d = 0; d < x.ndim; ++d) {
-    indices[d] = size_t(d) < n ? call.list_input(list, size_t(d)) : absent_view();
+    indices[d] = size_t(d) < n ? call.list_tensor(list, size_t(d)) : absent_view();
     if (!call.ok() || !indices[d].present()) continue;
     call.require(is_index(indices[d]),
                  "indices of int32 or int64 (of a mask the positions are needed, where() does "
@@ -231,7 +232,7 @@ void by_indices(TensorOpCall& call, const TensorView& x, size_t list, IndexArgs*
 // index(self, indices[], *, out)
 void index_out(KernelRuntimeContext& context, Stack stack) {
   TensorOpCall call("index.Tensor_out", stack, 3);
-  const TensorView x = call.input(0);
+  const TensorView x = call.tensor(0);
   IndexArgs args = {};
   by_indices(call, x, 1, &args);
   args.plain = call.out(2, args.indexed);
@@ -243,7 +244,7 @@ void index_out(KernelRuntimeContext& context, Stack stack) {
 void put(TensorOpCall& call, const TensorView& to) {
   IndexArgs args = {};
   by_indices(call, to, 1, &args);
-  const TensorView values = call.input(2);
+  const TensorView values = call.tensor(2);
   call.require(values.dtype == to.dtype, "values of the tensor's dtype");
   if (call.ok())
     call.require(expanded(values, args.indexed.sizes, args.indexed.ndim, &args.plain),
@@ -255,14 +256,14 @@ void put(TensorOpCall& call, const TensorView& to) {
 // index_put(self, indices[], values, accumulate, *, out)
 void index_put_out(KernelRuntimeContext& context, Stack stack) {
   TensorOpCall call("index_put.out", stack, 5);
-  put(call, out_as_self(call, 4, call.input(0)));
+  put(call, out_as_self(call, 4, call.tensor(0)));
   call.finish(context);
 }
 
 // index_put_(self, indices[], values, accumulate)
 void index_put_in_place(KernelRuntimeContext& context, Stack stack) {
   TensorOpCall call("index_put_", stack, 4);
-  put(call, call.input(0));
+  put(call, call.tensor(0));
   call.finish(context);
 }
 

@@ -21,13 +21,14 @@ namespace {
 template <size_t kSchema>
 void copy_out(KernelRuntimeContext& context, Stack stack) {
   TensorOpCall call("copy of a tensor", stack, kSchema);
-  const TensorView x = call.input(0);
+  const TensorView x = call.tensor(0);
   call.move(call.out(kSchema - 1, x), x);
   call.finish(context);
 }
 
-/// x in the order of its elements, with the sizes of a contiguous `out` of as many of them.
+/// x in the order of its elements, with the sizes of an `out` of as many of them.
 void move_reshaped(TensorOpCall& call, const TensorView& out, const TensorView& x) {
+  call.require_contiguous(out);
   if (!call.ok()) return;
   call.require(numel(out) == numel(x), "a result of as many elements as the operand");
   call.move(reshaped(out, x.sizes, x.ndim), x);
@@ -36,7 +37,7 @@ void move_reshaped(TensorOpCall& call, const TensorView& out, const TensorView& 
 // view_copy(self, size, *, out)
 void view_copy_out(KernelRuntimeContext& context, Stack stack) {
   TensorOpCall call("view_copy.out", stack, 3);
-  const TensorView x = call.input(0);
+  const TensorView x = call.tensor(0);
   int64_t sizes[kMaxDims];
   const int ndim = int(call.integers(1, sizes, kMaxDims));
   int64_t known = 1;
@@ -57,7 +58,7 @@ void view_copy_out(KernelRuntimeContext& context, Stack stack) {
 // unsqueeze_copy(self, dim, *, out)
 void unsqueeze_copy_out(KernelRuntimeContext& context, Stack stack) {
   TensorOpCall call("unsqueeze_copy.out", stack, 3);
-  const TensorView x = call.input(0);
+  const TensorView x = call.tensor(0);
   const int dim = call.dim(call.integer(1), x.ndim + 1);
   int64_t sizes[kMaxDims + 1] = {0};
   for (int d = 0; d < x.ndim; ++d) sizes[d < dim ? d : d + 1] = x.sizes[d];
@@ -69,7 +70,7 @@ void unsqueeze_copy_out(KernelRuntimeContext& context, Stack stack) {
 // squeeze_copy(self, dim or dims, *, out)
 void squeeze_copy_out(KernelRuntimeContext& context, Stack stack) {
   TensorOpCall call("squeeze_copy.out", stack, 3);
-  const TensorView x = call.input(0);
+  const TensorView x = call.tensor(0);
   int64_t given[kMaxDims];
   size_t n = 1;
   if (call.ok() && stack[1]->isInt())
@@ -90,7 +91,7 @@ void squeeze_copy_out(KernelRuntimeContext& context, Stack stack) {
 template <size_t kSchema>
 void copy_src(KernelRuntimeContext& context, Stack stack) {
   TensorOpCall call("copy", stack, kSchema);
-  const TensorView self = call.input(0), src = call.input(1);
+  const TensorView self = call.tensor(0), src = call.tensor(1);
   const TensorView out = kSchema == 3 ? self : call.out(3, self);
   TensorView from;
   if (call.ok())
@@ -105,7 +106,7 @@ void copy_src(KernelRuntimeContext& context, Stack stack) {
 // expand_copy(self, size, *, implicit, out)
 void expand_copy_out(KernelRuntimeContext& context, Stack stack) {
   TensorOpCall call("expand_copy.out", stack, 4);
-  const TensorView x = call.input(0);
+  const TensorView x = call.tensor(0);
   int64_t sizes[kMaxDims];
   const int ndim = int(call.integers(1, sizes, kMaxDims));
   for (int d = 0; d < ndim && call.ok(); ++d)
@@ -134,7 +135,7 @@ void move_permuted(TensorOpCall& call, size_t out, const TensorView& x, const in
 // permute_copy(self, dims, *, out)
 void permute_copy_out(KernelRuntimeContext& context, Stack stack) {
   TensorOpCall call("permute_copy.out", stack, 3);
-  const TensorView x = call.input(0);
+  const TensorView x = call.tensor(0);
   int64_t given[kMaxDims];
   const int n = int(call.integers(1, given, kMaxDims));
   call.require(n == x.ndim, "each dimension of the tensor once");
@@ -158,7 +159,7 @@ void move_transposed(TensorOpCall& call, size_t out, const TensorView& x, int di
 // transpose_copy(self, dim0, dim1, *, out)
 void transpose_copy_out(KernelRuntimeContext& context, Stack stack) {
   TensorOpCall call("transpose_copy.int_out", stack, 4);
-  const TensorView x = call.input(0);
+  const TensorView x = call.tensor(0);
   const int dim0 = call.dim(call.integer(1), x.ndim), dim1 = call.dim(call.integer(2), x.ndim);
   move_transposed(call, 3, x, dim0, dim1);
   call.finish(context);
@@ -167,7 +168,7 @@ void transpose_copy_out(KernelRuntimeContext& context, Stack stack) {
 // t_copy(self, *, out)
 void t_copy_out(KernelRuntimeContext& context, Stack stack) {
   TensorOpCall call("t_copy.out", stack, 2);
-  const TensorView x = call.input(0);
+  const TensorView x = call.tensor(0);
   call.require(x.ndim <= 2, "a tensor of at most 2 dimensions");
   move_transposed(call, 1, x, 0, x.ndim == 2 ? 1 : 0);
   call.finish(context);
@@ -176,7 +177,7 @@ void t_copy_out(KernelRuntimeContext& context, Stack stack) {
 // select_copy(self, dim, index, *, out)
 void select_copy_out(KernelRuntimeContext& context, Stack stack) {
   TensorOpCall call("select_copy.int_out", stack, 4);
-  const TensorView x = call.input(0);
+  const TensorView x = call.tensor(0);
   call.require(x.ndim > 0, "a tensor of at least 1 dimension");
   const int dim = call.dim(call.integer(1), x.ndim);
   const int64_t given = call.integer(2), size = call.ok() ? x.sizes[dim] : 0;
@@ -208,7 +209,7 @@ SliceRange slice_range(TensorOpCall& call, size_t first, int64_t size) {
 // slice_copy(self, dim, start?, end?, step, *, out)
 void slice_copy_out(KernelRuntimeContext& context, Stack stack) {
   TensorOpCall call("slice_copy.Tensor_out", stack, 6);
-  const TensorView x = call.input(0);
+  const TensorView x = call.tensor(0);
   call.require(x.ndim > 0, "a tensor of at least 1 dimension");
   const int dim = call.dim(call.integer(1), x.ndim);
   const SliceRange range = slice_range(call, 2, x.sizes[dim]);
@@ -220,7 +221,7 @@ void slice_copy_out(KernelRuntimeContext& context, Stack stack) {
 // narrow_copy(self, dim, start, length, *, out)
 void narrow_copy_out(KernelRuntimeContext& context, Stack stack) {
   TensorOpCall call("narrow_copy.out", stack, 5);
-  const TensorView x = call.input(0);
+  const TensorView x = call.tensor(0);
   call.require(x.ndim > 0, "a tensor of at least 1 dimension");
   const int dim = call.dim(call.integer(1), x.ndim);
   const int64_t size = x.sizes[dim], length = call.integer(3);
@@ -238,7 +239,7 @@ void narrow_copy_out(KernelRuntimeContext& context, Stack stack) {
 // diagonal_copy(self, offset, dim1, dim2, *, out)
 void diagonal_copy_out(KernelRuntimeContext& context, Stack stack) {
   TensorOpCall call("diagonal_copy.out", stack, 5);
-  const TensorView x = call.input(0);
+  const TensorView x = call.tensor(0);
   call.require(x.ndim >= 2, "a tensor of at least 2 dimensions");
   const int64_t offset = call.integer(1);
   const int row = call.dim(call.integer(2), x.ndim), column = call.dim(call.integer(3), x.ndim);
@@ -265,7 +266,7 @@ void diagonal_copy_out(KernelRuntimeContext& context, Stack stack) {
 // unfold_copy(self, dimension, size, step, *, out): windows of a dimension, as a new last dimension
 void unfold_copy_out(KernelRuntimeContext& context, Stack stack) {
   TensorOpCall call("unfold_copy.out", stack, 5);
-  const TensorView x = call.input(0);
+  const TensorView x = call.tensor(0);
   const int64_t size = call.integer(2), step = call.integer(3);
   const int dim = call.dim(call.integer(1), x.ndim);
   call.require(x.ndim > 0 && x.ndim < kMaxDims, "a tensor of 1 to 7 dimensions");
@@ -283,7 +284,7 @@ void unfold_copy_out(KernelRuntimeContext& context, Stack stack) {
 // as_strided_copy(self, size, stride, storage_offset?, *, out)
 void as_strided_copy_out(KernelRuntimeContext& context, Stack stack) {
   TensorOpCall call("as_strided_copy.out", stack, 5);
-  const TensorView x = call.input(0);
+  const TensorView x = call.tensor(0);
   TensorView from = x;
   from.ndim = int(call.integers(1, from.sizes, kMaxDims));
   const int n_strides = int(call.integers(2, from.strides, kMaxDims));
@@ -306,7 +307,7 @@ void as_strided_copy_out(KernelRuntimeContext& context, Stack stack) {
 // repeat(self, repeats, *, out): out viewed as [r0, s0, r1, s1, ...]
 void repeat_out(KernelRuntimeContext& context, Stack stack) {
   TensorOpCall call("repeat.out", stack, 3);
-  const TensorView x = call.input(0);
+  const TensorView x = call.tensor(0);
   int64_t repeats[kMaxDims], sizes[kMaxDims] = {0};
   const int ndim = int(call.integers(1, repeats, kMaxDims)), missing = ndim - x.ndim;
   call.require(missing >= 0, "a count for each dimension");
@@ -330,6 +331,7 @@ void repeat_out(KernelRuntimeContext& context, Stack stack) {
     if (d >= missing) add(size, x.strides[d - missing]);
   }
   const TensorView out = call.out(2, sizes, ndim);
+  call.require_contiguous(out);
   if (call.ok()) call.move(reshaped(out, pairs.sizes, pairs.ndim), pairs);
   call.finish(context);
 }
@@ -350,7 +352,7 @@ TensorView split_and_permuted(const TensorView& view, const int64_t* sizes, cons
 template <bool kUnshuffles>
 void pixel_shuffle_out(KernelRuntimeContext& context, Stack stack) {
   TensorOpCall call(kUnshuffles ? "pixel_unshuffle.out" : "pixel_shuffle.out", stack, 3);
-  const TensorView x = call.input(0);
+  const TensorView x = call.tensor(0);
   const int64_t r = call.integer(1);
   call.require(x.ndim >= 3 && r > 0 && r <= 32767,
                "at least 3 dimensions and a factor of at least 1");
@@ -368,6 +370,8 @@ void pixel_shuffle_out(KernelRuntimeContext& context, Stack stack) {
     new_last[0] = last[0] / (r * r), new_last[1] = last[1] * r, new_last[2] = last[2] * r;
   }
   const TensorView out = call.out(2, sizes, x.ndim);
+  call.require_contiguous(x);
+  call.require_contiguous(out);
   if (!call.ok()) return call.finish(context);
   // Both as [batch, C, r, r, H, W].
   const int64_t* wide = kUnshuffles ? last : new_last;  // C, H r, W r
@@ -401,7 +405,7 @@ void split(TensorOpCall& call, const TensorView& x, int dim, size_t out, size_t 
 // split_copy(self, split_size, dim, *, out[])
 void split_copy_out(KernelRuntimeContext& context, Stack stack) {
   TensorOpCall call("split_copy.Tensor_out", stack, 4);
-  const TensorView x = call.input(0);
+  const TensorView x = call.tensor(0);
   call.require(x.ndim > 0, "a tensor of at least 1 dimension");
   const int dim = call.dim(call.integer(2), x.ndim);
   const int64_t size = call.integer(1), total = x.sizes[dim];
@@ -415,7 +419,7 @@ void split_copy_out(KernelRuntimeContext& context, Stack stack) {
 // split_with_sizes_copy(self, split_sizes, dim, *, out[])
 void split_with_sizes_copy_out(KernelRuntimeContext& context, Stack stack) {
   TensorOpCall call("split_with_sizes_copy.out", stack, 4);
-  const TensorView x = call.input(0);
+  const TensorView x = call.tensor(0);
   call.require(x.ndim > 0, "a tensor of at least 1 dimension");
   const int dim = call.dim(call.integer(2), x.ndim);
   constexpr size_t kMaxSplits = 256;
@@ -429,7 +433,7 @@ void split_with_sizes_copy_out(KernelRuntimeContext& context, Stack stack) {
 // unbind_copy(self, dim, *, out[])
 void unbind_copy_out(KernelRuntimeContext& context, Stack stack) {
   TensorOpCall call("unbind_copy.int_out", stack, 3);
-  const TensorView x = call.input(0);
+  const TensorView x = call.tensor(0);
   call.require(x.ndim > 0, "a tensor of at least 1 dimension");
   const int dim = call.dim(call.integer(1), x.ndim);
   const size_t n = call.list_size(2);
@@ -450,15 +454,15 @@ void cat_out(KernelRuntimeContext& context, Stack stack) {
   call.require(n > 0, "at least one tensor");
   // An empty tensor of one dimension goes with any others.
   const auto is_legacy_empty = [](const TensorView& x) { return x.ndim == 1 && x.sizes[0] == 0; };
-  TensorView first = call.list_input(0, 0);
-  for (size_t j = 1; j < n && is_legacy_empty(first); ++j) first = call.list_input(0, j);
+  TensorView first = call.list_tensor(0, 0);
+  for (size_t j = 1; j < n && is_legacy_empty(first); ++j) first = call.list_tensor(0, j);
   const int dim = call.dim(call.integer(1), first.ndim);
   call.require(first.ndim > 0, "tensors of at least 1 dimension");
   if (!call.ok()) return call.finish(context);
   TensorView all = first;
   all.sizes[dim] = 0;
   for (size_t j = 0; j < n && call.ok(); ++j) {
-    const TensorView x = call.list_input(0, j);
+    const TensorView x = call.list_tensor(0, j);
     if (!call.ok() || is_legacy_empty(x)) continue;
     for (int d = 0; d < first.ndim; ++d)
       call.require(x.ndim == first.ndim && (d == dim || x.sizes[d] == first.sizes[d]),
@@ -468,7 +472,7 @@ void cat_out(KernelRuntimeContext& context, Stack stack) {
   const TensorView out = call.out(2, all);
   int64_t start = 0;
   for (size_t j = 0; j < n && call.ok(); ++j) {
-    const TensorView x = call.list_input(0, j);
+    const TensorView x = call.list_tensor(0, j);
     if (is_legacy_empty(x)) continue;
     call.add_part(sliced(out, dim, start, x.sizes[dim]), x);
     start += x.sizes[dim];
@@ -481,7 +485,7 @@ void stack_out(KernelRuntimeContext& context, Stack stack) {
   TensorOpCall call("stack.out", stack, 3);
   const size_t n = call.list_size(0);
   call.require(n > 0, "at least one tensor");
-  const TensorView first = call.list_input(0, 0);
+  const TensorView first = call.list_tensor(0, 0);
   const int dim = call.dim(call.integer(1), first.ndim + 1);
   if (!call.ok()) return call.finish(context);
   int64_t sizes[kMaxDims + 1] = {0};
@@ -489,7 +493,7 @@ void stack_out(KernelRuntimeContext& context, Stack stack) {
   sizes[dim] = int64_t(n);
   const TensorView out = call.out(2, sizes, first.ndim + 1);
   for (size_t j = 0; j < n && call.ok(); ++j) {
-    const TensorView x = call.list_input(0, j);
+    const TensorView x = call.list_tensor(0, j);
     call.require(same_sizes(x, first), "tensors of the same sizes");
     if (call.ok()) call.add_part(selected(out, dim, int64_t(j)), x);
   }
@@ -512,7 +516,7 @@ void scatter_part(TensorOpCall& call, const TensorView& self, const TensorView& 
 // slice_scatter(self, src, dim, start?, end?, step, *, out)
 void slice_scatter_out(KernelRuntimeContext& context, Stack stack) {
   TensorOpCall call("slice_scatter.out", stack, 7);
-  const TensorView self = call.input(0), src = call.input(1);
+  const TensorView self = call.tensor(0), src = call.tensor(1);
   call.require(self.ndim > 0, "a tensor of at least 1 dimension");
   const int dim = call.dim(call.integer(2), self.ndim);
   const SliceRange range = slice_range(call, 3, self.sizes[dim]);
@@ -525,7 +529,7 @@ void slice_scatter_out(KernelRuntimeContext& context, Stack stack) {
 // select_scatter(self, src, dim, index, *, out)
 void select_scatter_out(KernelRuntimeContext& context, Stack stack) {
   TensorOpCall call("select_scatter.out", stack, 5);
-  const TensorView self = call.input(0), src = call.input(1);
+  const TensorView self = call.tensor(0), src = call.tensor(1);
   call.require(self.ndim > 0, "a tensor of at least 1 dimension");
   const int dim = call.dim(call.integer(2), self.ndim);
   const int64_t given = call.integer(3), size = self.sizes[dim];
@@ -566,7 +570,7 @@ struct Ranges {
 // flip(self, dims, *, out)
 void flip_out(KernelRuntimeContext& context, Stack stack) {
   TensorOpCall call("flip.out", stack, 3);
-  const TensorView x = call.input(0);
+  const TensorView x = call.tensor(0);
   int64_t given[kMaxDims];
   const size_t n = call.integers(1, given, kMaxDims);
   TensorView from = x;
@@ -582,13 +586,15 @@ void flip_out(KernelRuntimeContext& context, Stack stack) {
 // roll(self, shifts, dims, *, out); no dims: of the elements in order
 void roll_out(KernelRuntimeContext& context, Stack stack) {
   TensorOpCall call("roll.out", stack, 4);
-  TensorView x = call.input(0);
+  TensorView x = call.tensor(0);
   int64_t shifts[kMaxDims], dims[kMaxDims];
   const size_t n = call.integers(1, shifts, kMaxDims);
   size_t n_dims = call.integers(2, dims, kMaxDims);
   TensorView out = call.out(3, x);
   if (!call.ok()) return call.finish(context);
   if (n_dims == 0) {
+    call.require_contiguous(x);
+    call.require_contiguous(out);
     const int64_t all[] = {numel(x)};
     x = reshaped(x, all, 1), out = reshaped(out, all, 1);
     dims[n_dims++] = 0;
@@ -638,7 +644,7 @@ struct Padding {
 // constant_pad_nd(self, pad, value, *, out)
 void constant_pad_out(KernelRuntimeContext& context, Stack stack) {
   TensorOpCall call("constant_pad_nd.out", stack, 4);
-  const TensorView x = call.input(0);
+  const TensorView x = call.tensor(0);
   const Padding padding(call, x, 1);
   const Number value = number_of(call.scalar(2));
   const TensorView out = call.out(3, padding.sizes, x.ndim);
@@ -661,7 +667,7 @@ void constant_pad_out(KernelRuntimeContext& context, Stack stack) {
 template <bool kReflects>
 void mirror_pad_out(KernelRuntimeContext& context, Stack stack) {
   TensorOpCall call(kReflects ? "reflection_pad.out" : "replication_pad.out", stack, 3);
-  const TensorView x = call.input(0);
+  const TensorView x = call.tensor(0);
   const Padding padding(call, x, 1);
   Ranges ranges;
   for (int d = 0; d < x.ndim && call.ok(); ++d) {
@@ -733,7 +739,7 @@ void fill_like_out(KernelRuntimeContext& context, Stack stack) {
   TensorOpCall call(kSchema == 4 ? "full_like.out" : "fill.out", stack, kSchema);
   const TensorView out = call.out(kSchema - 1, call.tensor(0));
   if (call.ok() && stack[1]->isTensor()) {
-    const TensorView value = call.input(1);
+    const TensorView value = call.tensor(1);
     TensorView from;
     call.require(call.ok() && value.ndim == 0, "a value without dimensions");
     if (call.ok() && expanded(value, out.sizes, out.ndim, &from)) call.move(out, from);
@@ -754,10 +760,13 @@ void scalar_tensor_out(KernelRuntimeContext& context, Stack stack) {
 // tril(self, diagonal, *, out)
 void tril_out(KernelRuntimeContext& context, Stack stack) {
   TensorOpCall call("tril.out", stack, 3);
-  const TensorView x = call.input(0);
+  const TensorView x = call.tensor(0);
   const int64_t diagonal = call.integer(1);
   call.require(x.ndim >= 2, "a tensor of at least 2 dimensions");
   const TensorView out = call.out(2, x);
+  call.require(out.dtype == x.dtype, "a result of the tensor's dtype");
+  call.require_contiguous(x);
+  call.require_contiguous(out);
   if (const TensorKernels* table = call.kernels())
     call.check(table->tril({call.op(), out, x, diagonal}, current_execution()));
   call.finish(context);

@@ -2,8 +2,10 @@
 
 #include <executorch/runtime/core/exec_aten/util/tensor_util.h>
 
+#include <cstdio>
 #include <limits>
 
+#include "../kernels/checks.h"
 #include "errors.h"
 #include "tensor_bridge.h"
 
@@ -46,6 +48,19 @@ TensorView OpArguments::tensor(size_t i) {
   if (value == nullptr) return view;
   auto t = value->tryToTensor();
   if (!t.ok() || !view_of(t.get(), &view)) wrong(i, "a tensor");
+  return checked(view);
+}
+
+/// A program can have tensors that nothing gives memory to, and sizes whose product wraps around.
+TensorView OpArguments::checked(const TensorView& view) {
+  if (error_ != Error::Ok || !view.present()) return view;
+  char who[96];
+  std::snprintf(who, sizeof(who), "cuda_int4::%s", op_);
+  const TensorCheck check = {who, "a tensor", "the .pte is damaged, export it again"};
+  int64_t numel = 0;
+  Status status = check_sizes(check, view, &numel);
+  if (status.ok() && numel > 0) status = check_data(check, view);
+  error_ = fail(status);
   return view;
 }
 
@@ -103,32 +118,13 @@ size_t OpArguments::integers(size_t i, int64_t* values, size_t capacity) {
   if (is_none(i)) return 0;
   auto list = at(i)->tryToIntList();
   if (!list.ok() || list->size() > capacity) {
-    wrong(i, "a list of ints of at most 8 values");
+    char expected[64];
+    std::snprintf(expected, sizeof(expected), "a list of at most %zu ints", capacity);
+    wrong(i, expected);
     return 0;
   }
   for (size_t j = 0; j < list->size(); ++j) values[j] = (*list)[j];
   return list->size();
-}
-
-size_t OpArguments::tensors(size_t i, TensorView* views, size_t capacity) {
-  const EValue* value = at(i);
-  if (value == nullptr) return 0;
-  size_t n = 0;
-  if (value->isListOptionalTensor()) {
-    auto list = value->tryToListOptionalTensor();
-    if (!list.ok() || list->size() > capacity) return wrong(i, "a list of tensors"), 0;
-    for (const auto& t : *list) {
-      views[n] = absent_view();
-      if (t.has_value() && !view_of(*t, &views[n])) return wrong(i, "a list of tensors"), 0;
-      ++n;
-    }
-    return n;
-  }
-  auto list = value->tryToTensorList();
-  if (!list.ok() || list->size() > capacity) return wrong(i, "a list of tensors"), 0;
-  for (const Tensor& t : *list)
-    if (!view_of(t, &views[n++])) return wrong(i, "a list of tensors"), 0;
-  return n;
 }
 
 TensorView OpArguments::out(size_t i, const TensorView& like, int64_t last) {
@@ -161,7 +157,7 @@ TensorView OpArguments::list_tensor(size_t i, size_t j) {
     known = view_of((*value->tryToTensorList())[j], &view);
   }
   if (!known) wrong(i, "a list of tensors of known dtypes");
-  return view;
+  return checked(view);
 }
 
 TensorView OpArguments::out(size_t i, const int64_t* sizes, int ndim) {
@@ -208,7 +204,7 @@ TensorView OpArguments::resized(Tensor tensor, const int64_t* sizes, int ndim) {
                    "cuda_int4::%s: expected a result of a known dtype; the .pte is damaged, export "
                    "it again",
                    op_));
-  return view;
+  return checked(view);
 }
 
 }  // namespace cuda_int4

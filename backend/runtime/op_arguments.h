@@ -35,6 +35,7 @@ class OpArguments {
   void set_error(executorch::runtime::Error error);
   const char* op() const { return op_; }
 
+  /// A tensor of sane sizes that has its data.
   TensorView tensor(size_t i);
   TensorView optional_tensor(size_t i);
   bool is_none(size_t i) const;
@@ -47,9 +48,7 @@ class OpArguments {
   const char* string(size_t i);
   /// At most `capacity` values into `values`, their count back; None is 0 values.
   size_t integers(size_t i, int64_t* values, size_t capacity);
-  /// Tensors of a list (an absent one in a list of optionals is absent), their count back.
-  size_t tensors(size_t i, TensorView* views, size_t capacity);
-  /// For lists of any length: their count, and tensor j (absent if it is None).
+  /// The length of a list of tensors, and tensor j of it (absent if it is None).
   size_t list_size(size_t i);
   TensorView list_tensor(size_t i, size_t j);
 
@@ -62,6 +61,7 @@ class OpArguments {
 
  private:
   TensorView resized(executorch::aten::Tensor tensor, const int64_t* sizes, int ndim);
+  TensorView checked(const TensorView& view);
   const executorch::runtime::EValue* at(size_t i) const;
   void wrong(size_t i, const char* expected);
 

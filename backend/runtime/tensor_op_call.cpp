@@ -11,7 +11,7 @@ using executorch::runtime::KernelRuntimeContext;
 
 namespace {
 
-constexpr char kDamaged[] = "the .pte is damaged, export it again";
+constexpr char kContiguousCure[] = "export the model with contiguous tensors";
 
 bool is_float(DType dtype) { return is_float_kind(dtype) || dtype == DType::kFloat64; }
 
@@ -39,31 +39,9 @@ void TensorOpCall::require(bool holds, const char* expected) {
                    "run with sizes the model was exported for"));
 }
 
-TensorView TensorOpCall::checked(const TensorView& view, const char* part) {
-  if (!ok() || !view.present()) return view;
+void TensorOpCall::require_contiguous(const TensorView& view) {
   int64_t n = 0;
-  const TensorCheck named = {op(), part, kDamaged};
-  check(check_sizes(named, view, &n));
-  if (ok() && n > 0) check(check_data(named, view));
-  return view;
-}
-
-TensorView TensorOpCall::input(size_t i) { return checked(tensor(i), "an operand"); }
-
-TensorView TensorOpCall::list_input(size_t i, size_t j) {
-  return checked(list_tensor(i, j), "an operand");
-}
-
-TensorView TensorOpCall::out(size_t i, const int64_t* sizes, int ndim) {
-  return ok() ? checked(OpArguments::out(i, sizes, ndim), "the result") : absent_view();
-}
-
-TensorView TensorOpCall::out(size_t i, const TensorView& like) {
-  return out(i, like.sizes, like.ndim);
-}
-
-TensorView TensorOpCall::list_out(size_t i, size_t j, const int64_t* sizes, int ndim) {
-  return ok() ? checked(OpArguments::list_out(i, j, sizes, ndim), "a result") : absent_view();
+  if (ok()) check(check_contiguous({op(), "a tensor", kContiguousCure}, view, &n));
 }
 
 int TensorOpCall::dim(int64_t given, int ndim) {

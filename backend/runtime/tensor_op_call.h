@@ -27,14 +27,9 @@ class TensorOpCall : public OpArguments {
   void check(const Status& status);
   /// An error "op: expected ..." unless `holds`.
   void require(bool holds, const char* expected);
+  /// For what takes elements in the order of memory.
+  void require_contiguous(const TensorView& view);
 
-  /// A tensor whose sizes, strides and data have been looked at.
-  TensorView input(size_t i);
-  TensorView list_input(size_t i, size_t j);
-  /// Results, resized (op_arguments.h), with data to write to.
-  TensorView out(size_t i, const int64_t* sizes, int ndim);
-  TensorView out(size_t i, const TensorView& like);
-  TensorView list_out(size_t i, size_t j, const int64_t* sizes, int ndim);
   /// -ndim..ndim-1 to 0..ndim-1; a tensor without dimensions counts as one of one. 0 on error.
   int dim(int64_t given, int ndim);
 
@@ -52,8 +47,6 @@ class TensorOpCall : public OpArguments {
   void finish(executorch::runtime::KernelRuntimeContext& context);
 
  private:
-  TensorView checked(const TensorView& view, const char* part);
-
   static constexpr int kMaxParts = 8;
   CopyPart parts_[kMaxParts];
   int n_parts_ = 0;

@@ -6,6 +6,7 @@
 #include <executorch/runtime/core/portable_type/tensor_impl.h>
 #include <executorch/runtime/kernel/kernel_runtime_context.h>
 
+#include <algorithm>
 #include <deque>
 #include <memory>
 #include <random>
@@ -51,6 +52,22 @@ class Call {
         dtype, ssize_t(ndim), held.sizes.data(), held.data.data(), held.order.data(),
         held.strides.data(), TensorShapeDynamism::DYNAMIC_BOUND);
     return add(EValue(Tensor(held.impl.get())));
+  }
+  /// The latest tensor has no memory.
+  Call& without_data() {
+    tensors_.back().impl->set_data(nullptr);
+    return *this;
+  }
+  /// The latest tensor has its first dimension inside.
+  Call& turned() {
+    Held& held = tensors_.back();
+    std::rotate(held.order.begin(), held.order.begin() + 1, held.order.end());
+    for (size_t d = 1, stride = size_t(held.sizes[0]); d <= held.sizes.size(); ++d) {
+      const size_t dim = held.sizes.size() - d;
+      held.strides[dim] = dim == 0 ? 1 : StridesType(stride);
+      stride *= size_t(held.sizes[dim]);
+    }
+    return *this;
   }
   Call& integer(int64_t value) { return add(EValue(value)); }
   Call& number(double value) { return add(EValue(value)); }
@@ -362,6 +379,66 @@ void test_wrong_tensor_ops_are_named() {
                "an end that steps from the start reach");
 }
 
+// What a kernel would follow out of bounds.
+void test_tensors_that_memory_does_not_hold_are_named() {
+  const char* const data = "expected a tensor to have data";
+  expect_words(Call().tensor({2, 3}).without_data().tensor({3, 4}).tensor({2, 4}), "aten::mm.out",
+               data);
+  expect_words(Call().tensor({2, 3}).tensor({3, 4}).without_data().tensor({2, 4}), "aten::mm.out",
+               data);
+  expect_words(Call().tensor({7, 3}).tensor({4, 3}).tensor({4}).without_data().tensor({7, 4}),
+               "aten::linear.out", data);
+  expect_words(
+      Call().tensor({2, 3}).without_data().integers({-1}).truth(true).none().tensor({2, 1}),
+      "aten::sum.IntList_out", data);
+  expect_words(Call()
+                   .tensor({1, 4, 8})
+                   .tensor({6, 2, 3})
+                   .none()
+                   .integers({1})
+                   .integers({1})
+                   .integers({1})
+                   .truth(false)
+                   .integers({0})
+                   .integer(2)
+                   .tensor({1, 6, 8})
+                   .without_data(),
+               "aten::convolution.out", data);
+  expect_words(Call().tensor({2, 3}).tensor({3}).without_data().integer(1).tensor({2, 3}),
+               "aten::add.out", data);
+
+  const char* const dtype = "expected a result of the tensor's dtype";
+  expect_words(Call()
+                   .tensor({9, 4})
+                   .tensor({2}, kLong)
+                   .integer(-1)
+                   .truth(false)
+                   .truth(false)
+                   .tensor({2, 4}, kHalf),
+               "aten::embedding.out", dtype);
+  expect_words(Call().tensor({9, 4}).tensors({{3}}, kLong).tensor({3, 4}, kBool),
+               "aten::index.Tensor_out", dtype);
+  expect_words(Call().tensor({2, 3}).integer(0).tensor({2, 3}, kHalf), "aten::tril.out", dtype);
+  expect_words(Call()
+                   .tensor({2, 3}, kBool)
+                   .integer(0)
+                   .tensor({2, 3}, kLong)
+                   .tensor({2, 3}, kBool)
+                   .tensor({2, 3}),
+               "aten::scatter.src_out", dtype);
+
+  const char* const order = "export the model with contiguous tensors";
+  expect_words(Call().tensor({2, 3}).integers({3, 2}).tensor({3, 2}).turned(),
+               "aten::view_copy.out", order);
+  expect_words(Call().tensor({4, 2, 2}).turned().integer(2).tensor({1, 4, 4}),
+               "aten::pixel_shuffle.out", order);
+  expect_words(Call().tensor({2, 3}).turned().integers({1}).integers({}).tensor({2, 3}),
+               "aten::roll.out", order);
+  expect_words(Call().tensor({2, 3}).turned().integer(0).tensor({2, 3}), "aten::tril.out", order);
+  expect_words(Call().tensor({2, 3}).integers({2, 2}).tensor({4, 6}).turned(), "aten::repeat.out",
+               order);
+}
+
 /// `empty` needs no kernel; of tensors without elements there is nothing to put together.
 bool is_done_without_kernels(const std::string& name) {
   for (const char* part : {"empty", "cat", "stack", "split", "unbind", "roll", "_pad"})
@@ -420,5 +497,6 @@ void test_cuda_ops() {
   test_wrong_calls_are_named();
   test_tensor_ops_that_are_right_reach_the_kernels();
   test_wrong_tensor_ops_are_named();
+  test_tensors_that_memory_does_not_hold_are_named();
   test_any_arguments_are_survived();
 }
