@@ -134,6 +134,7 @@ Status validate_attention(const AttentionArgs& args) {
 }
 
 uint64_t attention_scratch_bytes(const AttentionArgs& args, DeviceKind device) {
+  if (args.y.nbytes == 0) return 0;  // nothing is launched: attention()
   const CudaKernels* kernels = device == DeviceKind::kCuda ? cuda_kernels() : nullptr;
   return kernels == nullptr ? 0 : kernels->attention_scratch_bytes(args);
 }
