@@ -323,7 +323,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps)
   }
   const uint32_t barriers = shared_base + p.barriers_offset + group * (kSlots * 8);
   if (threadIdx.x == 0) {
-    for (int i = 0; i < kSlots; ++i) mbarrier_init(barriers + i * 8, 32 * warps);
+    for (int i = 0; i < kSlots; ++i) mbarrier_init(barriers + i * 8, warps);
   }
   store_x(x_m, x_unit);
 #pragma unroll 1
@@ -572,7 +572,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps)
         if (m < M) slot[m * kColumnStride + g + i / 2 * 8] = acc[tile][i];
       }
     }
-    mbarrier_arrive(barriers + iteration % kSlots * 8);
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(barriers + iteration % kSlots * 8);
   }
   griddepcontrol_launch_dependents();
   if (warps > 1 && iteration > 0 && turn == warp_k) {
