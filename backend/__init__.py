@@ -17,6 +17,7 @@ _MODULE_OF = {
     "quantize_": "quantize",
     "Int4Config": "quantize",
     "prepare_": "quantize",
+    "prune_24_": "prune",
     "CudaCoalescedInt4Tensor": "tensors",
     "CudaInt4Partitioner": "partitioner",
     "CudaInt4Backend": "preprocess",
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from .model import load, load_runtime
     from .partitioner import CudaInt4Partitioner
     from .preprocess import CudaInt4Backend
+    from .prune import prune_24_
     from .quantize import Int4Config, prepare_, quantize_
     from .tensors import CudaCoalescedInt4Tensor
 
@@ -47,6 +49,7 @@ __all__ = [
     "load",
     "load_runtime",
     "prepare_",
+    "prune_24_",
     "quantize_",
     "save",
 ]

@@ -86,7 +86,7 @@ def quantize_(
             all checked before the first weight changes.
     """
     config = config or Int4Config()
-    uses = _uses_by_weight(model)
+    uses = uses_by_weight(model)
     selected, unfit = _select(model, config, filter_fn, uses)
     if unfit:
         warnings.warn(
@@ -106,13 +106,13 @@ def _select(
     model: nn.Module,
     config: Int4Config,
     filter_fn: FilterFn | None,
-    uses: dict[int, list[_Use]],
-) -> tuple[list[list[_Use]], list[str]]:
+    uses: dict[int, list[Use]],
+) -> tuple[list[list[Use]], list[str]]:
     """The users of each weight to quantise, and why the default filter left others."""
-    selected: dict[int, list[_Use]] = {}
+    selected: dict[int, list[Use]] = {}
     unfit = []
     for fqn, module in model.named_modules():
-        if not (filter_fn or _is_linear)(module, fqn):
+        if not (filter_fn or is_linear)(module, fqn):
             continue
         try:
             weight = _float_weight(module, f"{fqn}.weight" if fqn else "weight", config)
@@ -216,7 +216,7 @@ def prepare_(
             f"prepare_: expected activation in {ACTIVATIONS} and scale_dtype None or one of "
             f"{SCALE_DTYPES}, got {activation!r} and {scale_dtype!r}; choose one of them"
         )
-    uses = {key: users for key, users in _uses_by_weight(model).items() if _is_int4(users[0].get())}
+    uses = {key: users for key, users in uses_by_weight(model).items() if _is_int4(users[0].get())}
     for users in uses.values():
         for use in users:
             use.check()
@@ -233,7 +233,7 @@ def prepare_(
 
 
 @dataclass(frozen=True)
-class _Use:
+class Use:
     """One place of a model where a weight hangs."""
 
     module: nn.Module
@@ -241,6 +241,7 @@ class _Use:
     name: str  # fully qualified
 
     def get(self) -> Tensor:
+        """The weight that hangs there now."""
         return getattr(self.module, self.attribute)
 
     def check(self) -> None:
@@ -259,19 +260,19 @@ class _Use:
             )
 
 
-def _uses_by_weight(model: nn.Module) -> dict[int, list[_Use]]:
+def uses_by_weight(model: nn.Module) -> dict[int, list[Use]]:
     """Every parameter and buffer by identity, with each place where it hangs."""
-    uses: dict[int, list[_Use]] = {}
+    uses: dict[int, list[Use]] = {}
     for fqn, module in model.named_modules():
         for store in (module._parameters, module._buffers):
             for attribute, weight in store.items():
                 if weight is not None:
                     name = f"{fqn}.{attribute}" if fqn else attribute
-                    uses.setdefault(id(weight), []).append(_Use(module, attribute, name))
+                    uses.setdefault(id(weight), []).append(Use(module, attribute, name))
     return uses
 
 
-def _replace(users: list[_Use], weight: Tensor) -> None:
+def _replace(users: list[Use], weight: Tensor) -> None:
     """Hang the one new tensor in every place of the old."""
     parameter = nn.Parameter(weight, requires_grad=False)
     for use in users:
@@ -279,7 +280,7 @@ def _replace(users: list[_Use], weight: Tensor) -> None:
         setattr(use.module, use.attribute, weight if is_buffer else parameter)
 
 
-def _is_linear(module: nn.Module, fqn: str) -> bool:
+def is_linear(module: nn.Module, fqn: str) -> bool:
     """The default filter; a weight that is quantised already is no longer float."""
     return (
         isinstance(module, nn.Linear)
