@@ -67,8 +67,8 @@ constexpr int elementwise_inputs(ElementwiseOp op) {
   return is_binary ? 2 : 1;
 }
 
-// ... or the op and the dtypes. Its code is short and in one piece; that of AnyCall jumps about in
-// thousands of instructions, and what a small tensor waits for is the instruction cache.
+// ... or the op and the dtypes. An add of 4096 bf16 takes 1.25 us so and 2.09 us by AnyCall (H200, in
+// a CUDA graph; launch_dependent has a part in it), whose code jumps about in 3000 instructions.
 template <ElementwiseOp kOp, DType kIn, DType kOut>
 struct FixedCall {
   static constexpr int kInputs = elementwise_inputs(kOp);
