@@ -74,15 +74,17 @@ void convolution(KernelRuntimeContext& context, Stack stack) {
   args.is_transposed = a.boolean(6);
   if (args.is_transposed) along_dimensions(a, 7, "output_padding", n, 0, 0, output_padding);
   args.groups = a.integer(8);
-  const int64_t groups = std::max<int64_t>(args.groups, 1);
+  const int64_t groups = std::clamp<int64_t>(args.groups, 1, kMaxDim);
   args.N = x.sizes[0];
   args.in_channels = x.sizes[1];
   args.out_channels = args.is_transposed ? weight.sizes[1] * groups : weight.sizes[0];
   const int64_t weight_channels = args.is_transposed ? weight.sizes[0] : weight.sizes[1] * groups;
-  expect(a, args.groups > 0 && weight_channels == args.in_channels && weight.sizes[0] % groups == 0,
-         "expected the channels of input and weight to agree and to fall in %lld groups, got input "
-         "%s and weight %s; fix the call",
-         static_cast<long long>(args.groups), ShapeText(x).text, ShapeText(weight).text);
+  expect(
+      a,
+      args.groups == groups && weight_channels == args.in_channels && weight.sizes[0] % groups == 0,
+      "expected the channels of input and weight to agree and to fall in %lld groups, got input "
+      "%s and weight %s; fix the call",
+      static_cast<long long>(args.groups), ShapeText(x).text, ShapeText(weight).text);
   expect(a, !bias.present() || (bias.ndim == 1 && bias.sizes[0] == args.out_channels),
          "expected bias [%lld], got %s; fix the call", static_cast<long long>(args.out_channels),
          ShapeText(bias).text);

@@ -203,7 +203,9 @@ SliceRange slice_range(TensorOpCall& call, size_t first, int64_t size) {
   const int64_t step = call.integer(first + 2);
   call.require(step > 0, "a step of at least 1");
   if (!call.ok()) return {0, 0, 1};
-  return {start, end > start ? (end - start - 1) / step + 1 : 0, step};
+  // A longer step than the dimension is never taken, and its stride could pass int64.
+  return {start, end > start ? (end - start - 1) / step + 1 : 0,
+          std::min(step, std::max<int64_t>(size, 1))};
 }
 
 // slice_copy(self, dim, start?, end?, step, *, out)
@@ -273,7 +275,8 @@ void unfold_copy_out(KernelRuntimeContext& context, Stack stack) {
   call.require(step > 0 && size >= 0 && size <= x.sizes[dim],
                "a window within the dimension, and a step of at least 1");
   if (call.ok()) {
-    TensorView from = sliced(x, dim, 0, (x.sizes[dim] - size) / step + 1, step);
+    TensorView from = sliced(x, dim, 0, (x.sizes[dim] - size) / step + 1,
+                             std::min(step, std::max<int64_t>(x.sizes[dim], 1)));
     from.sizes[from.ndim] = size;
     from.strides[from.ndim++] = x.strides[dim];
     call.move(call.out(4, from), from);

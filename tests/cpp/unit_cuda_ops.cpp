@@ -427,6 +427,20 @@ void test_tensors_that_memory_does_not_hold_are_named() {
                    .tensor({2, 3}),
                "aten::scatter.src_out", dtype);
 
+  // 4 channels a group in 2^62 + 1 groups: as many as in one, in 64 bits.
+  expect_words(Call()
+                   .tensor({1, 4, 8})
+                   .tensor({0, 4, 3})
+                   .none()
+                   .integers({1})
+                   .integers({1})
+                   .integers({1})
+                   .truth(false)
+                   .integers({0})
+                   .integer((int64_t{1} << 62) + 1)
+                   .tensor({1, 0, 8}),
+               "aten::convolution.out", "channels of input and weight to agree");
+
   const char* const order = "export the model with contiguous tensors";
   expect_words(Call().tensor({2, 3}).integers({3, 2}).tensor({3, 2}).turned(),
                "aten::view_copy.out", order);
