@@ -302,6 +302,24 @@ def check_modules(checker: Checker) -> None:
             checker.note(same, f"module {activation}: moving changed codes")
 
 
+def check_empty(checker: Checker) -> None:
+    """Tensors without rows launch nothing and give results without rows."""
+    for activation in ("none", "int8"):
+        weight = make_weight(64, 128, 32, True, activation).cuda()
+        for rows in ((0,), (2, 0), (0, 40)):
+            y = call_linear(torch.empty(*rows, 128, dtype=torch.float16, device="cuda"), weight)
+            checker.note(y.shape == (*rows, 64), f"linear {activation} {rows}: {y.shape}")
+    for B, S, T in ((1, 0, 5), (0, 3, 5), (0, 40, 40)):
+        q = torch.empty(B, 8, S, 64, dtype=torch.float16, device="cuda")
+        kv = torch.zeros(B, 2, T, 64, dtype=torch.float16, device="cuda")
+        y = attention(q, kv, kv, None, 0.125, False)
+        checker.note(y.shape == q.shape, f"attention {B}, {S} of {T}: {y.shape}")
+    x = torch.empty(0, 64, dtype=torch.float16, device="cuda")
+    checker.note(rms_norm(x, None, 1e-5).shape == x.shape, "rms_norm without rows")
+    checker.note(silu(x).shape == x.shape, "silu without rows")
+    torch.cuda.synchronize()
+
+
 def check_errors(checker: Checker) -> None:
     """Bad calls raise, with the reason."""
     weight = make_weight(64, 128, 32, True)
@@ -373,6 +391,7 @@ def main() -> int:
         check_streams,
         check_compile,
         check_modules,
+        check_empty,
         check_errors,
     ):
         torch.manual_seed(1)
