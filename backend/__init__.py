@@ -18,6 +18,8 @@ _MODULE_OF = {
     "Int4Config": "quantize",
     "prepare_": "quantize",
     "prune_24_": "prune",
+    "read_marlin": "marlin_checkpoints",
+    "read_marlin24": "marlin_checkpoints",
     "CudaCoalescedInt4Tensor": "tensors",
     "CudaInt4Partitioner": "partitioner",
     "CudaInt4Backend": "preprocess",
@@ -31,6 +33,7 @@ _MODULE_OF = {
 if TYPE_CHECKING:
     from .inspection import inspect
     from .lowering import export, save
+    from .marlin_checkpoints import read_marlin, read_marlin24
     from .model import load, load_runtime
     from .partitioner import CudaInt4Partitioner
     from .preprocess import CudaInt4Backend
@@ -51,6 +54,8 @@ __all__ = [
     "prepare_",
     "prune_24_",
     "quantize_",
+    "read_marlin",
+    "read_marlin24",
     "save",
 ]
 

@@ -4,10 +4,14 @@
     read_marlin24    B_24, B_meta, s    the same, "marlin_24"; compressed-tensors "marlin-24" has
                                         weight_packed, meta, scale_packed
 
-Both return the packed form without moving a byte; ``.unpack()`` makes it canonical, for
-``CudaCoalescedInt4Tensor.from_int4`` and for everything else here. 4 bits and symmetric only, which
-is what these formats are. A checkpoint with act_order (``desc_act``, a ``g_idx`` that is not
-sorted) needs x permuted as well: it has more fields than these, and is none of the two.
+Both return the packed form without moving a byte; ``.unpack()`` makes it canonical. To run one:
+
+    weight = CudaCoalescedInt4Tensor.from_int4(read_marlin24(B_24, B_meta, s).unpack())
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+
+4 bits and symmetric only, which is what these formats are. A checkpoint with act_order
+(``desc_act``, a ``g_idx`` that is not sorted) needs x permuted as well: it has more fields than
+these, and is none of the two.
 """
 
 from __future__ import annotations

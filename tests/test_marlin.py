@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 from expecttest import assert_expected_inline
+from torch import nn
 
 import cases
+import cuda_int4
 from cuda_int4 import marlin_layouts as layouts
 from cuda_int4.int4 import CanonicalInt4, read_int4
 from cuda_int4.marlin import Marlin24Int4, MarlinInt4
@@ -318,6 +320,20 @@ def test_a_checkpoint_of_others_reads_as_what_it_was_made_from(group_size):
     assert read_marlin24(B, meta, packed.scale, dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
+def test_a_checkpoint_of_others_becomes_a_weight_that_runs():
+    source = weight(codes_24(128, 256), 128)
+    sparse, dense = Marlin24Int4.pack(source), MarlinInt4.pack(source)
+    for packed in (
+        cuda_int4.read_marlin(dense.qdata.view(torch.int32), dense.scale),
+        cuda_int4.read_marlin24(sparse.qdata.view(torch.int32), sparse.meta, sparse.scale),
+    ):
+        linear = nn.Linear(256, 128, bias=False, dtype=torch.float16)
+        ours = cuda_int4.CudaCoalescedInt4Tensor.from_int4(packed.unpack())
+        linear.weight = nn.Parameter(ours, requires_grad=False)
+        x = torch.eye(256, dtype=torch.float16)  # reads the weight back, a column at a time
+        assert torch.equal(linear(x).t(), source.dequantize().half())
+
+
 def test_fields_that_are_of_no_such_checkpoint_are_refused():
     dense, sparse = (
         cls.pack(weight(codes_24(128, 256), 128)) for cls in (MarlinInt4, Marlin24Int4)
@@ -384,8 +400,8 @@ layers.0.wq: expected meta 'first | second << 2' with first < second, got 0x0 (f
     )
 
 
-def test_an_unaligned_weight_packs_on_any_device_it_is_on():
-    """On the meta device only shapes are known; dense packing asks for no value."""
+def test_dense_packing_asks_for_no_value_and_stays_on_the_device():
+    """On the meta device only shapes are known; on a GPU nothing waits."""
     q = pack_nibbles(torch.from_numpy(codes(65, 96))).to("meta")
     source = CanonicalInt4(q, torch.ones(65, 3, device="meta"), None, 32)
     packed = MarlinInt4.pack(source)
