@@ -6,13 +6,16 @@ import ctypes
 
 import pytest
 import torch
+from executorch.exir.passes import MemoryPlanningPass
+from executorch.exir.schema import Buffer
 
 import cuda_int4
 import delegate_models as models
 import forged
-from cuda_int4 import _native
+from cuda_int4 import _native, nested_program
 from cuda_int4._native import CudaInt4Error
 from cuda_int4.model import explained
+from cuda_int4.nested_program import _extract_constants
 from cuda_int4.seal import SEAL_NBYTES
 from delegate_models import make, rows
 from forged import Forge, part
@@ -64,6 +67,33 @@ def test_refused_by_executorch_with_our_reason(forge, stock, case):
 def test_every_refusal_has_a_message_of_its_own(forge):
     messages = [str(refusal(forge.change(case.changed))) for case in forged.REFUSALS]
     assert len(set(messages)) == len(messages)
+
+
+def planned_inputs(**options):
+    return MemoryPlanningPass(**{**options, "alloc_graph_input": True})
+
+
+def x_with_data(emitted, plan, roles):
+    constants = _extract_constants(emitted, plan, roles)
+    plan.values[plan.inputs[0]].val.data_buffer_idx = 1
+    emitted.program.constant_buffer.append(Buffer(storage=bytes(4096)))
+    return constants
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "found"),
+    [
+        ("MemoryPlanningPass", planned_inputs, "found 1 and 0"),
+        ("_extract_constants", x_with_data, "found 0 and 1"),
+    ],
+)
+def test_memory_that_the_host_would_write_is_refused(tmp_path, monkeypatch, name, changed, found):
+    """Such a program runs on a CPU; on a GPU ExecuTorch would copy to its memory on the host."""
+    monkeypatch.setattr(nested_program, name, changed)
+    path = models.write(make(models.Linear()), tmp_path / "model.pte", (rows(3),))
+    error = refusal(path)
+    assert error.code == forged.INVALID_PROGRAM
+    assert found in str(error) and "no input with memory of its own" in str(error)
 
 
 def test_a_square_scale_of_the_old_order_is_told_by_its_tag(tmp_path):

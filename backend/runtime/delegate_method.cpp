@@ -158,6 +158,12 @@ Error DelegateMethod::check_nested(const Program& program) const {
                 "nested program: expected one method without delegates, got %zu methods; the .pte "
                 "is damaged, export it again",
                 program.num_methods());
+  // ExecuTorch would copy them on the host, and the memory may be a GPU's.
+  if (methods[0].planned_inputs > 0 || methods[0].tensors_with_data > 0)
+    return fail(Error::InvalidProgram,
+                "nested program: expected no input with memory of its own and no tensor with data, "
+                "found %u and %u; the .pte is damaged, export it again",
+                methods[0].planned_inputs, methods[0].tensors_with_data);
   if (methods[0].jumps > 0 && !device_->reads_host_memory())
     return fail(
         Error::DelegateInvalidCompatibility,

@@ -34,7 +34,7 @@ struct ValueField {
   enum { kType = 0, kValue = 1 };
 };
 struct TensorField {
-  enum { kSizes = 2, kExtra = 9 };
+  enum { kSizes = 2, kData = 5, kAllocation = 6, kExtra = 9 };
 };
 struct ExtraField {
   enum { kName = 1 };
@@ -110,11 +110,17 @@ class Checker {
     for (uint32_t i = 0; i < values.size(); ++i) {
       const Error error = value(Table(values.offset(i)), values.size());
       if (error != Error::Ok) return error;
+      shape->tensors_with_data += tensor(values, i).scalar<uint32_t>(TensorField::kData, 0) != 0;
     }
     for (const int field : {PlanField::kInputs, PlanField::kOutputs}) {
       const Error error = indices(plan.vector(field), "an input or output", values.size());
       if (error != Error::Ok) return error;
     }
+    const Vector inputs = plan.vector(PlanField::kInputs);
+    for (uint32_t i = 0; i < inputs.size(); ++i)
+      shape->planned_inputs += tensor(values, uint32_t(inputs.scalar<int32_t>(i)))
+                                   .table(TensorField::kAllocation)
+                                   .present();
     const Vector operators = plan.vector(PlanField::kOperators);
     for (uint32_t i = 0; i < operators.size(); ++i)
       if (Table(operators.offset(i)).string(0).data() == nullptr)
@@ -135,6 +141,13 @@ class Checker {
       }
     }
     return Error::Ok;
+  }
+
+  /// Value `i`, not present() where it is no tensor.
+  static Table tensor(const Vector& values, uint32_t i) {
+    const Table v(values.offset(i));
+    return v.scalar<uint8_t>(ValueField::kType, 0) == kTensor ? v.table(ValueField::kValue)
+                                                              : Table();
   }
 
   Error value(const Table& v, uint64_t n_values) const {

@@ -22,7 +22,9 @@ struct MethodShape {
   uint32_t kernel_calls = 0;
   uint32_t delegate_calls = 0;
   uint32_t other_instructions = 0;
-  uint32_t jumps = 0;  // of the other instructions
+  uint32_t jumps = 0;              // of the other instructions
+  uint32_t planned_inputs = 0;     // with memory of their own, which the host writes
+  uint32_t tensors_with_data = 0;  // constants and initial values that are in the program itself
 };
 
 /// One call of cuda_int4::linear. Keys are those of its constants, "" where there is none.
