@@ -71,7 +71,7 @@ def compress_24(weight: CanonicalInt4, *, who: str = "weight") -> tuple[Tensor, 
             f"{describe(weight.zero_point)}; 2:4 kernels know no zero points: quantise with "
             "Int4Config(symmetric=True)"
         )
-    fours = weight.qdata.view(torch.int16)  # the 4 codes of weights 4i..4i+3 are one word
+    fours = view_as(weight.qdata, torch.int16)  # the 4 codes of weights 4i..4i+3 are one word
     found = _look_up(_compress_table(), fours)
     if bool((found == _REFUSED).any()):
         raise ValueError(_not_24(weight, found == _REFUSED, who))
@@ -114,11 +114,17 @@ def check_meta(meta: Tensor, *, who: str = "weight") -> None:
         )
 
 
+def view_as(data: Tensor, dtype: torch.dtype) -> Tensor:
+    """Contiguous bytes as wider words; a copy only where they start between two words."""
+    aligned = data.storage_offset() % dtype.itemsize == 0
+    return (data if aligned else data.clone()).view(dtype)
+
+
 def _crowded(weight: Tensor | CanonicalInt4, who: str) -> Tensor:
     """Where more than two of four weights are not zero, bool [N, K/4]."""
     if isinstance(weight, CanonicalInt4):
         if weight.zero_point is None:
-            return _look_up(_compress_table(), weight.qdata.view(torch.int16)) == _REFUSED
+            return _look_up(_compress_table(), view_as(weight.qdata, torch.int16)) == _REFUSED
         groups = unpack_nibbles(weight.qdata).view(*weight.scale.shape, weight.group_size)
         nonzero = groups != weight.zero_point.unsqueeze(-1)
         return nonzero.view(weight.shape[0], -1, 4).sum(-1, dtype=torch.uint8) > 2

@@ -16,7 +16,7 @@ from cuda_int4.int4 import CanonicalInt4, read_int4
 from cuda_int4.marlin import Marlin24Int4, MarlinInt4
 from cuda_int4.marlin_checkpoints import read_marlin, read_marlin24
 from cuda_int4.packing import pack_nibbles, unpack_nibbles
-from cuda_int4.sparse24 import compress_24
+from cuda_int4.sparse24 import compress_24, is_24
 from marlin_cases import SHAPES, codes, codes_24, weight
 from messages import folded, message
 
@@ -178,6 +178,21 @@ def test_unpacking_is_the_inverse_of_packing_24(N, K, group_size, dtype):
     assert_same(packed.unpack(), source)
     assert_same(Marlin24Int4.pack(packed.unpack()), packed)
     assert packed.qdata.numel() + 2 * packed.meta.numel() == layouts.padded_n(N) * K * 3 // 8
+
+
+def test_codes_may_start_at_any_byte():
+    """As in a file that was mapped: contiguous, but not at a multiple of a word."""
+    source = weight(codes_24(64, 96), 32)
+    for offset in range(1, 9):
+        buffer = torch.zeros(source.qdata.numel() + offset, dtype=torch.uint8)
+        qdata = buffer[offset:].view(source.qdata.shape).copy_(source.qdata)
+        moved = dataclasses.replace(source, qdata=qdata)
+        assert qdata.storage_offset() == offset and is_24(moved)
+        for packed in (MarlinInt4.pack(source), Marlin24Int4.pack(source)):
+            assert_same(type(packed).pack(moved), packed)
+            flat = torch.cat([torch.zeros(offset, dtype=torch.uint8), packed.qdata.view(-1)])
+            shifted = flat[offset:].view(packed.qdata.shape)
+            assert_same(dataclasses.replace(packed, qdata=shifted).unpack(), source)
 
 
 def test_what_is_no_part_of_the_order_is_carried():
