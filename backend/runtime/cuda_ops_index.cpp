@@ -216,6 +216,10 @@ void by_indices(TensorOpCall& call, const TensorView& x, size_t list, IndexArgs*
   add_rest(0, at);
   for (int e = 0; e < index_ndim; ++e) append(&args->indexed, sizes[e], 0);
   add_rest(at, x.ndim);
+  // Small indices can broadcast to more positions than int64 counts.
+  int64_t n_positions = 0;
+  call.check(check_sizes({call.op(), "the positions", "the .pte is damaged, export it again"},
+                         args->indexed, &n_positions));
   for (int d = first; d <= last; ++d) {
     if (!indices[d].present()) continue;
     TensorView broadcast, over = args->indexed;

@@ -427,6 +427,13 @@ void test_tensors_that_memory_does_not_hold_are_named() {
                    .tensor({2, 3}),
                "aten::scatter.src_out", dtype);
 
+  // 8 indices of 256, each along a dimension of its own: 2^64 positions.
+  std::vector<std::vector<SizesType>> indices(8, std::vector<SizesType>(8, 1));
+  for (size_t d = 0; d < 8; ++d) indices[d][d] = 256;
+  expect_words(
+      Call().tensor({1, 1, 1, 1, 1, 1, 1, 1}).tensors(indices, kLong).tensor({1}).truth(false),
+      "aten::index_put_", "expected each size of the positions");
+
   // 4 channels a group in 2^62 + 1 groups: as many as in one, in 64 bits.
   expect_words(Call()
                    .tensor({1, 4, 8})
