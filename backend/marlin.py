@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import marlin_layouts as layouts
+from . import marlin_layouts
 from .int4 import CanonicalInt4
 from .layouts import check_shape
 from .marlin_layouts import MARLIN, MARLIN24
@@ -240,21 +240,21 @@ def _untile_meta(tiles: Tensor) -> Tensor:
 
 def _permute_scale(tag: str, scale: Tensor, padding: float) -> Tensor:
     """[N, n_groups] to [n_groups, Np]."""
-    a, b, e = layouts.SCALE_SWAP[tag, scale.shape[1] == 1]
+    a, b, e = marlin_layouts.SCALE_SWAP[tag, scale.shape[1] == 1]
     padded = _pad_rows(scale, padding).t()
     return padded.reshape(len(padded), -1, b, a, e).transpose(2, 3).reshape(padded.shape)
 
 
 def _restore_scale(tag: str, scale: Tensor, N: int) -> Tensor:
     """The inverse of :func:`_permute_scale`."""
-    a, b, e = layouts.SCALE_SWAP[tag, scale.shape[0] == 1]
+    a, b, e = marlin_layouts.SCALE_SWAP[tag, scale.shape[0] == 1]
     rows = scale.view(len(scale), -1, a, b, e).transpose(2, 3).reshape(scale.shape)
     # A copy: the strides of a new tensor, also where a dimension is 1.
     return rows[:, :N].t().clone(memory_format=torch.contiguous_format)
 
 
 def _pad_rows(rows: Tensor, value: float) -> Tensor:
-    added = layouts.padded_n(len(rows)) - len(rows)
+    added = marlin_layouts.padded_n(len(rows)) - len(rows)
     return F.pad(rows, (0, 0, 0, added), value=value) if added else rows
 
 
@@ -268,14 +268,14 @@ def _first_rows(rows: Tensor, N: int) -> Tensor:
 def _check_parts(tag: str, weight: MarlinInt4 | Marlin24Int4) -> None:
     who, (N, K), group_size = type(weight).__name__, weight.shape, weight.group_size
     check_shape(N, K, group_size, who=who)
-    scale_shape = layouts.scale_shape(N, K // group_size)
-    qdata_shape = layouts.qdata_shape(tag, N, K)
+    scale_shape = marlin_layouts.scale_shape(N, K // group_size)
+    qdata_shape = marlin_layouts.qdata_shape(tag, N, K)
     expected: list[tuple[str, Tensor, tuple[torch.dtype, ...], tuple[int, ...]]] = [
         ("qdata", weight.qdata, (torch.uint8,), qdata_shape),
         ("scale", weight.scale, SCALE_DTYPES, scale_shape),
     ]
     if isinstance(weight, Marlin24Int4):
-        expected.append(("meta", weight.meta, (torch.int16,), layouts.meta_shape(N, K)))
+        expected.append(("meta", weight.meta, (torch.int16,), marlin_layouts.meta_shape(N, K)))
     elif weight.zero_point is not None:
         dtypes = tuple({weight.scale.dtype: 0, torch.float32: 0})
         expected.append(("zero_point", weight.zero_point, dtypes, scale_shape))
@@ -286,7 +286,7 @@ def _check_parts(tag: str, weight: MarlinInt4 | Marlin24Int4) -> None:
         if part.dtype not in dtypes or tuple(part.shape) != part_shape:
             raise ValueError(
                 f"{who}: expected {name} {' or '.join(map(dtype_name, dtypes))} "
-                f"{list(part_shape)} for N={N} (padded to {layouts.padded_n(N)}), K={K}, "
+                f"{list(part_shape)} for N={N} (padded to {marlin_layouts.padded_n(N)}), K={K}, "
                 f"group_size={group_size}, got {describe(part)}; the parts are of another weight "
                 f"or in another order than {tag}"
             )
