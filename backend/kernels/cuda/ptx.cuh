@@ -98,11 +98,6 @@ __device__ __forceinline__ void cp_async_4(uint32_t shared, const void* global) 
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared), "l"(global) : "memory");
 }
 
-// 8 bytes, through L1.
-__device__ __forceinline__ void cp_async_8(uint32_t shared, const void* global) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared), "l"(global) : "memory");
-}
-
 // The first n_bytes of the kBytes (4 or 8), zeros behind them; through L1.
 template <int kBytes>
 __device__ __forceinline__ void cp_async_l1_up_to(uint32_t shared, const void* global,
