@@ -1,6 +1,7 @@
 // cuda_int4::attention: validation, and the way to the CPU and CUDA kernels.
 #include <cinttypes>
 
+#include "attention_arguments.h"
 #include "checks.h"
 #include "cpu/isa.h"
 #include "cpu/numeric.h"
@@ -59,37 +60,6 @@ Status check_mask(const AttentionArgs& args) {
   return check_alignment(check, args.mask, dtype_bytes(args.mask.dtype));
 }
 
-cpu::AttentionJob make_job(const AttentionArgs& args) {
-  cpu::AttentionJob job = {};
-  job.q = args.q.data;
-  job.k = args.k.data;
-  job.v = args.v.data;
-  job.y = args.y.data;
-  job.dtype = args.q.dtype;
-  job.is_causal = args.is_causal;
-  job.B = args.q.sizes[0];
-  job.Hq = args.q.sizes[1];
-  job.S = args.q.sizes[2];
-  job.D = args.q.sizes[3];
-  job.Hkv = args.k.sizes[1];
-  job.T = args.k.sizes[2];
-  job.scale = static_cast<float>(args.scale);
-  job.softcap = static_cast<float>(args.softcap);
-  for (int d = 0; d < 3; ++d) {
-    job.q_strides[d] = args.q.strides[d];
-    job.k_strides[d] = args.k.strides[d];
-    job.v_strides[d] = args.v.strides[d];
-  }
-  if (args.mask.present()) {
-    job.mask = args.mask.data;
-    job.mask_is_bool = args.mask.dtype == DType::kBool;
-    for (int d = 0; d < args.mask.ndim; ++d) {
-      job.mask_strides[4 - args.mask.ndim + d] = args.mask.sizes[d] == 1 ? 0 : args.mask.strides[d];
-    }
-  }
-  return job;
-}
-
 }  // namespace
 
 Status validate_attention(const AttentionArgs& args) {
@@ -143,7 +113,7 @@ namespace cpu {
 
 Status attention_on(const CpuKernels& kernels, const AttentionArgs& args,
                     const ExecutionContext& context) {
-  const AttentionJob job = make_job(args);
+  const auto job = attention_kernel_arguments<AttentionJob>(args);
   if (job.D > kMaxHeadDim) {
     return error(StatusCode::kUnsupported,
                  "%s: expected head size D of at most %" PRId64 ", got %" PRId64

@@ -1,6 +1,7 @@
 // cuda_int4::attention on CUDA: the choice of a kernel.
 #include <cinttypes>
 
+#include "../attention_arguments.h"
 #include "../checks.h"
 #include "attention.cuh"
 #include "launch_status.cuh"
@@ -10,37 +11,6 @@ namespace cuda_int4 {
 namespace {
 
 constexpr char kOp[] = "cuda_int4::attention";
-
-AttentionKernelArgs make_kernel_args(const AttentionArgs& args) {
-  AttentionKernelArgs p = {};
-  p.q = args.q.data;
-  p.k = args.k.data;
-  p.v = args.v.data;
-  p.y = args.y.data;
-  p.dtype = args.q.dtype;
-  p.is_causal = args.is_causal;
-  p.B = args.q.sizes[0];
-  p.Hq = args.q.sizes[1];
-  p.S = args.q.sizes[2];
-  p.D = args.q.sizes[3];
-  p.Hkv = args.k.sizes[1];
-  p.T = args.k.sizes[2];
-  p.scale = static_cast<float>(args.scale);
-  p.softcap = static_cast<float>(args.softcap);
-  for (int d = 0; d < 3; ++d) {
-    p.q_strides[d] = args.q.strides[d];
-    p.k_strides[d] = args.k.strides[d];
-    p.v_strides[d] = args.v.strides[d];
-  }
-  if (args.mask.present()) {
-    p.mask = args.mask.data;
-    p.mask_is_bool = args.mask.dtype == DType::kBool;
-    for (int d = 0; d < args.mask.ndim; ++d) {
-      p.mask_strides[4 - args.mask.ndim + d] = args.mask.sizes[d] == 1 ? 0 : args.mask.strides[d];
-    }
-  }
-  return p;
-}
 
 bool rows_are_aligned(const void* data, const int64_t (&strides)[3], const int64_t (&sizes)[3]) {
   bool aligned = reinterpret_cast<uintptr_t>(data) % 16 == 0;
@@ -84,12 +54,12 @@ bool is_tensor_core_ready(const AttentionKernelArgs& args) {
 }
 
 uint64_t cuda_attention_scratch_bytes(const AttentionArgs& args) {
-  const AttentionKernelArgs p = make_kernel_args(args);
+  const AttentionKernelArgs p = attention_kernel_arguments<AttentionKernelArgs>(args);
   return choose(p).scratch_bytes(p);
 }
 
 Status cuda_attention(const AttentionArgs& args, const ExecutionContext& context) {
-  AttentionKernelArgs p = make_kernel_args(args);
+  AttentionKernelArgs p = attention_kernel_arguments<AttentionKernelArgs>(args);
   p.scratch = context.scratch;
   if (p.D > kMaxCudaHeadDim) {
     return error(StatusCode::kUnsupported,

@@ -1,0 +1,42 @@
+// What every attention kernel takes, on either device, out of AttentionArgs.
+#pragma once
+
+#include "ops.h"
+
+namespace cuda_int4 {
+
+// `Kernel` is cpu::AttentionJob or AttentionKernelArgs of cuda/attention.cuh: fields of one name mean
+// one thing in both. What only one of them has stays zero.
+template <typename Kernel>
+Kernel attention_kernel_arguments(const AttentionArgs& args) {
+  Kernel p = {};
+  p.q = args.q.data;
+  p.k = args.k.data;
+  p.v = args.v.data;
+  p.y = args.y.data;
+  p.dtype = args.q.dtype;
+  p.is_causal = args.is_causal;
+  p.B = args.q.sizes[0];
+  p.Hq = args.q.sizes[1];
+  p.S = args.q.sizes[2];
+  p.D = args.q.sizes[3];
+  p.Hkv = args.k.sizes[1];
+  p.T = args.k.sizes[2];
+  p.scale = static_cast<float>(args.scale);
+  p.softcap = static_cast<float>(args.softcap);
+  for (int d = 0; d < 3; ++d) {
+    p.q_strides[d] = args.q.strides[d];
+    p.k_strides[d] = args.k.strides[d];
+    p.v_strides[d] = args.v.strides[d];
+  }
+  if (args.mask.present()) {
+    p.mask = args.mask.data;
+    p.mask_is_bool = args.mask.dtype == DType::kBool;
+    for (int d = 0; d < args.mask.ndim; ++d) {
+      p.mask_strides[4 - args.mask.ndim + d] = args.mask.sizes[d] == 1 ? 0 : args.mask.strides[d];
+    }
+  }
+  return p;
+}
+
+}  // namespace cuda_int4
