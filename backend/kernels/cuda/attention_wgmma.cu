@@ -241,12 +241,13 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     *reinterpret_cast<uint4*>(y) = *reinterpret_cast<const uint4*>(from);
   }
 #else
-  __shared__ volatile int stub;  // static shared memory: how the host knows that this is not it
-  stub = 0;
+  // Compiled without wgmma, and never launched: static shared memory is how the host knows.
+  __shared__ volatile int not_this_one;
+  not_this_one = 0;
 #endif
 }
 
-// Whether the code that runs on this device is the kernel and not its stub.
+// Whether the code that runs on this device has wgmma in it.
 template <typename T, typename Shape>
 bool has_kernel() {
   cudaFuncAttributes attributes = {};

@@ -19,6 +19,7 @@
 #include <cuda_fp16.h>
 
 #include "matvec_w4a16_coalesced.cuh"
+#include "numeric.cuh"
 
 namespace cuda_int4 {
 
@@ -26,21 +27,6 @@ namespace {
 
 constexpr int kWarps = 4;
 constexpr int64_t kMaxGridY = 65535;
-
-__device__ float as_float(float value) { return value; }
-__device__ float as_float(__half value) { return __half2float(value); }
-__device__ float as_float(__nv_bfloat16 value) { return __bfloat162float(value); }
-
-__device__ void store(float* to, float value) { *to = value; }
-__device__ void store(__half* to, float value) { *to = __float2half_rn(value); }
-__device__ void store(__nv_bfloat16* to, float value) { *to = __float2bfloat16_rn(value); }
-
-__device__ float warp_sum(float value) {
-  for (int offset = 16; offset > 0; offset /= 2) {
-    value += __shfl_xor_sync(0xffffffffu, value, offset);
-  }
-  return value;
-}
 
 // X: dtype of x, bias and y; S: of scale; Z: of zero_point.
 template <typename X, typename S, typename Z>
@@ -69,7 +55,7 @@ __global__ void __launch_bounds__(32 * kWarps)
     sum = warp_sum(sum);
     if (threadIdx.x == 0) {
       if (p.bias != nullptr) sum += as_float(static_cast<const X*>(p.bias)[n]);
-      store(static_cast<X*>(p.y) + m * p.N + n, sum);
+      static_cast<X*>(p.y)[m * p.N + n] = from_float<X>(sum);
     }
   }
 }
