@@ -7,13 +7,14 @@
 // Requires  each to of the sizes of its from; no to overlaps another view of the launch
 // Grid      (ceil(units / 256), pairs) blocks of 256; a thread moves one unit: 16, 8, 4, 2 or 1 bytes,
 //           the most that the rows, strides and addresses of all pairs allow
-// Bytes     reads from, writes to; a permutation that moves the innermost dimension goes by elements
-//           and reads whole sectors for them: 2.2 times the time of tiles in shared memory
+//           The transpose kernel: blocks of (32, 8), a tile of 32 x 32 elements each
+// Bytes     reads from, writes to. Where the innermost dimensions of the two differ, tiles turn in
+//           shared memory, so that both sides see rows
 // Numerics  bytes are moved as they are
 // Source    own
 //
 // fill -- out[i] = start + i * step, i the row-major index, computed in float64 or int64 and rounded
-//         once; a thread per element
+//         once; where step is 0 by units of up to 16 bytes
 //
 // tril -- out[..., i, j] = j - i <= diagonal ? x[..., i, j] : 0; a thread per element, both contiguous
 #include "copy.cuh"
@@ -55,6 +56,96 @@ __global__ void __launch_bounds__(kThreads)
       *reinterpret_cast<const Unit*>(part.from + offsets[1]);
 }
 
+// ---- one pair of views whose innermost dimensions differ ----
+
+constexpr int kTile = 32;
+constexpr int kTileRows = 8;  // of a block's threads; each takes kTile / kTileRows rows of a tile
+
+struct TransposeParams {
+  DeviceLoop<2> batch;  // to, from: all dimensions but the two that make tiles
+  FastDivisor tiles, column_tiles;
+  uint32_t rows, columns;       // the dimensions along which `from` and `to` are contiguous
+  int64_t to_row, from_column;  // the other strides, in bytes
+  char* to;
+  const char* from;
+};
+
+template <typename Unit>
+__global__ void __launch_bounds__(kTile* kTileRows)
+    transpose_kernel(const __grid_constant__ TransposeParams p) {
+  __shared__ Unit tile[kTile][kTile + 1];  // a column of it falls into 32 banks
+  const uint32_t batch = p.tiles.divide(blockIdx.x);
+  const uint32_t in_batch = blockIdx.x - batch * p.tiles.divisor;
+  const uint32_t row_tile = p.column_tiles.divide(in_batch);
+  const uint32_t row = row_tile * kTile;
+  const uint32_t column = (in_batch - row_tile * p.column_tiles.divisor) * kTile;
+  int64_t offsets[2];
+  p.batch.offsets(batch, offsets);
+#pragma unroll
+  for (uint32_t i = threadIdx.y; i < kTile; i += kTileRows) {
+    if (row + threadIdx.x < p.rows && column + i < p.columns)
+      tile[i][threadIdx.x] = reinterpret_cast<const Unit*>(
+          p.from + offsets[1] + (column + i) * p.from_column)[row + threadIdx.x];
+  }
+  __syncthreads();
+#pragma unroll
+  for (uint32_t i = threadIdx.y; i < kTile; i += kTileRows) {
+    if (row + i < p.rows && column + threadIdx.x < p.columns)
+      reinterpret_cast<Unit*>(p.to + offsets[0] + (row + i) * p.to_row)[column + threadIdx.x] =
+          tile[threadIdx.x][i];
+  }
+}
+
+/// The dimension along which `from` is contiguous, if it is another than that of `to` and both are
+/// long enough to fill tiles; else -1.
+int dim_of_rows(const LoopNest& nest, int64_t bytes) {
+  const int last = nest.n_dims - 1;
+  if (nest.n_dims < 2 || nest.strides[0][last] != bytes || nest.strides[1][last] == bytes ||
+      nest.sizes[last] < kTileRows)
+    return -1;
+  for (int d = 0; d < last; ++d)
+    if (nest.strides[1][d] == bytes && nest.sizes[d] >= kTileRows) return d;
+  return -1;
+}
+
+/// Nothing is launched, and false, where there would be too many tiles.
+template <typename Unit>
+bool launch_transpose(const LoopNest& nest, int row_dim, cudaStream_t stream) {
+  const int last = nest.n_dims - 1;
+  TransposeParams p = {};
+  p.rows = static_cast<uint32_t>(nest.sizes[row_dim]);
+  p.columns = static_cast<uint32_t>(nest.sizes[last]);
+  p.to_row = nest.strides[0][row_dim];
+  p.from_column = nest.strides[1][last];
+  p.to = nest.data[0];
+  p.from = nest.data[1];
+  LoopNest batch = nest;
+  batch.sizes[row_dim] = batch.sizes[last] = 1;
+  batch.collapse();
+  p.batch = batch.device_loop<2>();
+  const int64_t column_tiles = (int64_t{p.columns} + kTile - 1) / kTile;
+  const int64_t tiles = (int64_t{p.rows} + kTile - 1) / kTile * column_tiles;
+  if (tiles > kMaxSteps / p.batch.n_steps) return false;
+  p.tiles = FastDivisor::of(static_cast<uint32_t>(tiles));
+  p.column_tiles = FastDivisor::of(static_cast<uint32_t>(column_tiles));
+  transpose_kernel<Unit>
+      <<<static_cast<unsigned>(tiles) * p.batch.n_steps, dim3(kTile, kTileRows), 0, stream>>>(p);
+  return true;
+}
+
+bool launch_transpose(const LoopNest& nest, int row_dim, int64_t bytes, cudaStream_t stream) {
+  switch (bytes) {
+    case 8:
+      return launch_transpose<uint2>(nest, row_dim, stream);
+    case 4:
+      return launch_transpose<uint32_t>(nest, row_dim, stream);
+    case 2:
+      return launch_transpose<uint16_t>(nest, row_dim, stream);
+    default:
+      return launch_transpose<uint8_t>(nest, row_dim, stream);
+  }
+}
+
 /// The widest unit for all rows of `nest`, whose elements have `bytes` each.
 int64_t unit_bytes(const LoopNest& nest, int64_t bytes) {
   for (int64_t unit = 16; unit > bytes; unit /= 2)
@@ -84,6 +175,8 @@ cudaError_t launch_parts(const LoopNest* nests, int n, cudaStream_t stream) {
 
 /// Up to kMaxParts nests of elements of `bytes`, in one launch.
 cudaError_t launch_nests(LoopNest* nests, int n, int64_t bytes, cudaStream_t stream) {
+  const int row_dim = n == 1 ? dim_of_rows(nests[0], bytes) : -1;
+  if (row_dim >= 0 && launch_transpose(nests[0], row_dim, bytes, stream)) return cudaGetLastError();
   int64_t unit = 16;
   for (int i = 0; i < n; ++i) {
     const int64_t allowed = unit_bytes(nests[i], bytes);
@@ -102,6 +195,23 @@ cudaError_t launch_nests(LoopNest* nests, int n, int64_t bytes, cudaStream_t str
     default:
       return launch_parts<uint8_t>(nests, n, stream);
   }
+}
+
+struct SetParams {
+  DeviceLoop<1> loop;
+  char* out;
+  uint64_t bits[2];  // 16 bytes of the element again and again
+};
+
+template <typename Unit>
+__global__ void __launch_bounds__(kThreads) set_kernel(const __grid_constant__ SetParams p) {
+  griddepcontrol_wait();
+  griddepcontrol_launch_dependents();
+  const uint32_t step = blockIdx.x * kThreads + threadIdx.x;
+  if (step >= p.loop.n_steps) return;
+  int64_t offsets[1];
+  p.loop.offsets(step, offsets);
+  *reinterpret_cast<Unit*>(p.out + offsets[0]) = *reinterpret_cast<const Unit*>(p.bits);
 }
 
 struct FillParams {
@@ -146,6 +256,35 @@ __global__ void __launch_bounds__(kThreads) tril_kernel(const __grid_constant__ 
 
 bool is_float(DType dtype) { return is_float_kind(dtype) || dtype == DType::kFloat64; }
 
+Status launch_constant(const FillArgs& args, LoopNest nest, cudaStream_t stream) {
+  SetParams p = {};
+  const int64_t bytes = dtype_bytes(args.out.dtype);
+  const uint64_t bits = bits_of(args.start, args.out.dtype);
+  for (int64_t i = 0; i < 16; i += bytes)
+    memcpy(reinterpret_cast<char*>(p.bits) + i, &bits, static_cast<size_t>(bytes));
+  int64_t unit = 16;
+  while (unit > bytes && !nest.has_vectors(0, unit / bytes, bytes, unit)) unit /= 2;
+  nest.widen(unit / bytes);
+  p.loop = nest.device_loop<1>();
+  p.out = nest.data[0];
+  const unsigned blocks = (p.loop.n_steps + kThreads - 1) / kThreads;
+  const auto launch = [&](auto kernel) {
+    return launch_status(args.who, launch_dependent(kernel, blocks, kThreads, 0, stream, p));
+  };
+  switch (unit) {
+    case 16:
+      return launch(set_kernel<uint4>);
+    case 8:
+      return launch(set_kernel<uint2>);
+    case 4:
+      return launch(set_kernel<uint32_t>);
+    case 2:
+      return launch(set_kernel<uint16_t>);
+    default:
+      return launch(set_kernel<uint8_t>);
+  }
+}
+
 }  // namespace
 
 Status launch_copy(const char* who, const CopyPart* parts, int n_parts, cudaStream_t stream) {
@@ -178,24 +317,25 @@ Status launch_fill(const FillArgs& args, cudaStream_t stream) {
   nest.set(0, args.out);
   if (nest.n_steps() == 0) return {};
   nest.collapse();
-  if ((args.step.as_double != 0 || args.step.as_int != 0) && nest.n_steps() > kMaxSteps)
+  if (args.step.as_double == 0 && args.step.as_int == 0)
+    return nest.in_pieces(
+        [&](const LoopNest& piece) { return launch_constant(args, piece, stream); });
+  if (nest.n_steps() > kMaxSteps)
     return error(StatusCode::kUnsupported, "%.200s: expected at most %lld elements, got %lld",
                  args.who, static_cast<long long>(kMaxSteps),
                  static_cast<long long>(nest.n_steps()));
-  return nest.in_pieces([&](const LoopNest& piece) -> Status {
-    const FillParams p = {piece.device_loop<1>(),
-                          piece.data[0],
-                          args.start,
-                          args.step,
-                          args.out.dtype,
-                          static_cast<int32_t>(dtype_bytes(args.out.dtype))};
-    const unsigned blocks = (p.loop.n_steps + kThreads - 1) / kThreads;
-    if (is_float(args.out.dtype))
-      fill_kernel<double><<<blocks, kThreads, 0, stream>>>(p);
-    else
-      fill_kernel<int64_t><<<blocks, kThreads, 0, stream>>>(p);
-    return launch_status(args.who, cudaGetLastError());
-  });
+  const FillParams p = {nest.device_loop<1>(),
+                        nest.data[0],
+                        args.start,
+                        args.step,
+                        args.out.dtype,
+                        static_cast<int32_t>(dtype_bytes(args.out.dtype))};
+  const unsigned blocks = (p.loop.n_steps + kThreads - 1) / kThreads;
+  if (is_float(args.out.dtype))
+    fill_kernel<double><<<blocks, kThreads, 0, stream>>>(p);
+  else
+    fill_kernel<int64_t><<<blocks, kThreads, 0, stream>>>(p);
+  return launch_status(args.who, cudaGetLastError());
 }
 
 Status launch_tril(const TrilArgs& args, cudaStream_t stream) {

@@ -7,10 +7,10 @@
 //   y (out)  of a        [batch, M, N]  row-major                                          2 B
 //
 // Requires  K % 8 == 0, and N % 8 == 0 where n is inside   (matmul_w16a16_accepts)
-// Grid      one block of 8 warps (2 x 4) per 128 x 128 tile of y, at most 2^30, the rest in strides
-// Bytes     reads a N/128 times and b M/128 times, mostly from the L2; bound by the tensor cores
+// Grid      one block of 8 warps (2 x 4) per 128 x 128 or, where those are few, 64 x 64 tile of y
+// Bytes     reads a and b once a tile across from them, mostly from the L2; bound by the tensor cores
 // Numerics  fp32 sums in the order of k; one rounding at the store
-// Source    own: mma.sync m16n8k16 from a ring of 3 stages of 32 k that cp.async fills; for machines
+// Source    own: mma.sync m16n8k16 from a ring of 4 stages of 64 k that cp.async fills; for machines
 //           without cuBLASLt
 #include "matmul_kernels.cuh"
 #include "numeric.cuh"
@@ -20,16 +20,21 @@ namespace cuda_int4 {
 
 namespace {
 
-constexpr int kTile = 128;  // rows and columns of y in a block
-constexpr int kDepth = 32;  // k of a stage
-constexpr int kStages = 3;
+constexpr int kDepth = 64;  // k of a stage
+constexpr int kStages = 4;
 constexpr int kThreads = 256;
-constexpr int kWarpM = 64, kWarpN = 32;  // of y in a warp
-constexpr int kPad = 8;                  // 16 bytes: the 8 rows of an ldmatrix fall on all banks
-constexpr int kStageElems = kTile * (kDepth + kPad);  // of a, and of b with k inside
-static_assert(kDepth * (kTile + kPad) <= kStageElems, "b with n inside takes no more");
-constexpr int kSharedBytes = kStages * 2 * kStageElems * 2;
+constexpr int kPad = 8;  // 16 bytes: the 8 rows of an ldmatrix fall on all banks
 constexpr int64_t kMaxBlocks = int64_t{1} << 30;
+constexpr int64_t kFewTiles = 132;  // of 128 x 128: below, smaller ones fill the GPU better
+
+// A square tile of y for a block of 2 x 4 warps.
+template <int kSize>
+struct Tile {
+  static constexpr int kWarpM = kSize / 2, kWarpN = kSize / 4;  // of y in a warp
+  static constexpr int kStageElems = kSize * (kDepth + kPad);   // of a, and of b with k inside
+  static constexpr int kSharedBytes = kStages * 2 * kStageElems * 2;
+  static_assert(kDepth * (kSize + kPad) <= kStageElems, "b with n inside takes no more");
+};
 
 // `n_lines` lines of `length` neighbouring elements into rows of `length + kPad`; zeros beyond
 // line_limit and element_limit, which is a multiple of 8.
@@ -49,8 +54,10 @@ __device__ __forceinline__ void load_tile(T* tile, const T* matrix, int64_t line
   }
 }
 
-template <typename T, bool kKInside>
+template <typename T, bool kKInside, int kTile>
 __global__ void __launch_bounds__(kThreads) matmul_w16a16_mma_kernel(MatmulArgs p) {
+  constexpr int kWarpM = Tile<kTile>::kWarpM, kWarpN = Tile<kTile>::kWarpN;
+  constexpr int kStageElems = Tile<kTile>::kStageElems;
   extern __shared__ __align__(16) unsigned char shared[];
   T* a_tiles = reinterpret_cast<T*>(shared);
   T* b_tiles = a_tiles + kStages * kStageElems;
@@ -146,9 +153,10 @@ __global__ void __launch_bounds__(kThreads) matmul_w16a16_mma_kernel(MatmulArgs 
   }
 }
 
-template <typename T, bool kKInside>
+template <typename T, bool kKInside, int kTile>
 cudaError_t launch(const MatmulArgs& args, cudaStream_t stream) {
-  const auto kernel = matmul_w16a16_mma_kernel<T, kKInside>;
+  const auto kernel = matmul_w16a16_mma_kernel<T, kKInside, kTile>;
+  constexpr int kSharedBytes = Tile<kTile>::kSharedBytes;
   const cudaError_t code =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (code != cudaSuccess) return code;
@@ -159,9 +167,22 @@ cudaError_t launch(const MatmulArgs& args, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
+template <typename T, bool kKInside>
+cudaError_t choose_tile(const MatmulArgs& args, cudaStream_t stream) {
+  const int64_t n_large = args.batch * ((args.M + 127) / 128) * ((args.N + 127) / 128);
+  if (args.M <= 64 || n_large < kFewTiles) return launch<T, kKInside, 64>(args, stream);
+  int device = 0, most_shared = 0;  // 99 KiB on some GPUs that run the code for sm_80
+  cudaError_t code = cudaGetDevice(&device);
+  if (code != cudaSuccess) return code;
+  code = cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (code != cudaSuccess) return code;
+  return Tile<128>::kSharedBytes <= most_shared ? launch<T, kKInside, 128>(args, stream)
+                                                : launch<T, kKInside, 64>(args, stream);
+}
+
 template <typename T>
 cudaError_t choose(const MatmulArgs& args, cudaStream_t stream) {
-  return args.b_k == 1 ? launch<T, true>(args, stream) : launch<T, false>(args, stream);
+  return args.b_k == 1 ? choose_tile<T, true>(args, stream) : choose_tile<T, false>(args, stream);
 }
 
 }  // namespace

@@ -6,8 +6,7 @@
 //   c        of a              [batch, M, N]  any strides, 0 repeats; or absent                 dtype
 //   y (out)  of a              [batch, M, N]  row-major                                         dtype
 //
-// Requires  M == 1 (f32: M <= 8), rows of whole 16 bytes; matvec_dense_accepts asks for more, for what
-//           has been checked on a GPU: one matrix, no addend, K in whole turns
+// Requires  M == 1 (f32: M <= 8), rows of whole 16 bytes   (matvec_dense_accepts)
 // Grid      (ceil(N / columns of a block), batch) blocks of 8 warps; a tile is 1 column n (M > 1: 2),
 //           and 1 to 8 warps of the block take its k in turns of 512 bytes; 4 (8) loads of 16 bytes
 //           of b in flight in a lane
@@ -143,7 +142,6 @@ cudaError_t launch(const MatmulArgs& args, cudaStream_t stream) {
 
 bool matvec_dense_accepts(const MatmulArgs& args) {
   const bool is_float32 = args.dtype == DType::kFloat32;
-  if (args.batch != 1 || args.c != nullptr || args.K % (is_float32 ? 128 : 256) != 0) return false;
   const bool is_16_bit = args.dtype == DType::kFloat16 || args.dtype == DType::kBFloat16;
   const uintptr_t pointers =
       reinterpret_cast<uintptr_t>(args.a) | reinterpret_cast<uintptr_t>(args.b);
