@@ -14,6 +14,10 @@ error and a reason, or gives exactly the answer of the undamaged file. Damage by
     forged     fields of the delegate blob set to extremes, every checksum then made right
     unsealed   in ExecuTorch's own program around the delegate or tables of the .ptd, without a
                seal: only crashes and hangs count (--unsealed; no checksum covers those)
+
+CUDA_INT4_DEVICE says where they run. On a GPU an error of the driver (an address out of range, a
+launch that it refuses) counts as a crash, and --under "compute-sanitizer --tool memcheck" has the
+worker of ``load`` looked at. --bases DIR keeps the undamaged files, for another machine.
 """
 
 from __future__ import annotations
@@ -22,8 +26,10 @@ import argparse
 import collections
 import concurrent.futures
 import os
+import queue
 import random
 import selectors
+import shlex
 import signal
 import struct
 import subprocess
@@ -35,6 +41,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TIMEOUT_S = 60
+LOADERS = ("load", "decode", "stock")
 PROMPT = (3, 1, 4, 1, 5)
 EXTREMES = (0, 1, 2, 7, 0x7F, 0x80, 0xFF, *((1 << n) - 1 for n in (31, 32, 40, 63, 64)), 1 << 63)
 
@@ -60,20 +67,22 @@ class Base:
 
 
 def make_base(folder: Path, *, external_weights: bool) -> Base:
-    """The toy Llama: int4 linears, cache, every kind of constant."""
+    """The toy Llama: int4 linears, cache, every kind of constant. Taken as it is if it is there."""
     import cuda_int4
     import language_models
     from cuda_int4.pte_file import ExecutorchFile
 
-    inputs, shapes = language_models.example(16)
-    path = cuda_int4.export(
-        language_models.toy_llama(),
-        inputs,
-        folder / f"base{int(external_weights)}.pte",
-        dynamic_shapes=shapes,
-        constant_methods=language_models.constant_methods(64),
-        external_weights=external_weights,
-    )
+    path = folder / f"base{int(external_weights)}.pte"
+    if not path.exists():
+        inputs, shapes = language_models.example(16)
+        cuda_int4.export(
+            language_models.toy_llama(),
+            inputs,
+            path,
+            dynamic_shapes=shapes,
+            constant_methods=language_models.constant_methods(64),
+            external_weights=external_weights,
+        )
     pte = path.read_bytes()
     ptd = path.with_suffix(".ptd").read_bytes() if external_weights else b""
     at = pte.index(b"CUDAINT4")
@@ -236,8 +245,8 @@ def serve(loader: str) -> None:
 class Worker:
     """A process of :func:`serve`, started again whenever it dies."""
 
-    def __init__(self, loader: str, good: tuple[Path, Path | None]):
-        self.loader, self.good = loader, good
+    def __init__(self, loader: str, good: tuple[Path, Path | None], under: str = ""):
+        self.loader, self.good, self.under = loader, good, shlex.split(under)
         self.process: subprocess.Popen | None = None
         self.lock = threading.Lock()
 
@@ -245,7 +254,7 @@ class Worker:
         with self.lock:
             if self.process is None:
                 self.process = subprocess.Popen(
-                    [sys.executable, __file__, "--serve", self.loader],
+                    [*self.under, sys.executable, __file__, "--serve", self.loader],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.DEVNULL,
@@ -314,6 +323,9 @@ class Decode:
             return "error " + " ".join(err.split()) if err.strip() else "ERROR WITHOUT REASON"
         return "same" if out == self.good[1] else "WRONG ANSWER"
 
+    def close(self) -> None:
+        """Nothing runs on."""
+
 
 def _exit_name(code: int) -> str:
     return signal.Signals(-code).name if code < 0 else f"exit code {code}"
@@ -336,7 +348,8 @@ def is_failure(kind: str, result: str) -> bool:
     """Whether a result breaks the promise."""
     if kind == "unsealed" and result == "WRONG ANSWER":
         return False
-    return not (result in ("same", "skipped") or result.startswith("error "))
+    refused = result.startswith("error ") and "cudaError" not in result
+    return not (refused or result in ("same", "skipped"))
 
 
 def fuzz(
@@ -345,6 +358,10 @@ def fuzz(
     seed: int = 0,
     unsealed: bool = False,
     keep: Path | None = None,
+    bases: Path | None = None,
+    loaders: tuple[str, ...] = LOADERS,
+    under: str = "",
+    jobs: int = 2,
     report: Callable[[int, collections.Counter], None] | None = None,
 ) -> tuple[list[Failure], collections.Counter]:
     """Damage and run the files of these numbers; returns failures and counts of results."""
@@ -353,44 +370,59 @@ def fuzz(
     shared_memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
     with tempfile.TemporaryDirectory(dir=shared_memory) as folder_name:
         folder = Path(folder_name)
-        bases = make_base(folder, external_weights=False), make_base(folder, external_weights=True)
-        good = folder / "base0.pte"
-        load, stock, decode = (
-            Worker("load", (good, None)),
-            Worker("stock", (good, None)),
-            Decode(good),
-        )
+        from_folder = bases or folder
+        from_folder.mkdir(parents=True, exist_ok=True)
+        whole, apart = (make_base(from_folder, external_weights=e) for e in (False, True))
+        good = from_folder / "base0.pte"
+        workers: queue.SimpleQueue[dict[str, Worker | Decode]] = queue.SimpleQueue()
+        decode = Decode(good)
+        started: list[dict[str, Worker | Decode]] = [
+            {
+                "load": Worker("load", (good, None), under),
+                "decode": decode,
+                "stock": Worker("stock", (good, None)),
+            }
+            for _ in range(jobs)
+        ]
+        for runners in started:
+            workers.put(runners)
 
         def run_one(index: int) -> Iterator[Failure]:
-            case = make_case(index, seed, bases, unsealed=unsealed)
+            case = make_case(index, seed, (whole, apart), unsealed=unsealed)
             pte, ptd = folder / f"{index}.pte", folder / f"{index}.ptd"
             pte.write_bytes(case.pte)
             if case.ptd:
                 ptd.write_bytes(case.ptd)
-            runners = [load, decode, *([stock] if case.kind in ("inside", "forged") else [])]
-            for runner in runners:
-                result = runner.run(pte, ptd if case.ptd else None)
-                counts[case.kind, runner.loader, result.split(" ", 1)[0]] += 1
-                if is_failure(case.kind, result):
-                    if keep is not None:
-                        keep.mkdir(parents=True, exist_ok=True)
-                        (keep / pte.name).write_bytes(case.pte)
-                        if case.ptd:
-                            (keep / ptd.name).write_bytes(case.ptd)
-                    yield Failure(index, case.kind, runner.loader, result)
-            pte.unlink()
-            ptd.unlink(missing_ok=True)
+            runners = workers.get()
+            try:
+                for loader in loaders:
+                    if loader == "stock" and case.kind not in ("inside", "forged"):
+                        continue
+                    result = runners[loader].run(pte, ptd if case.ptd else None)
+                    counts[case.kind, loader, result.split(" ", 1)[0]] += 1
+                    if is_failure(case.kind, result):
+                        if keep is not None:
+                            keep.mkdir(parents=True, exist_ok=True)
+                            (keep / pte.name).write_bytes(case.pte)
+                            if case.ptd:
+                                (keep / ptd.name).write_bytes(case.ptd)
+                        yield Failure(index, case.kind, loader, result)
+            finally:
+                workers.put(runners)
+                pte.unlink()
+                ptd.unlink(missing_ok=True)
 
         try:
-            with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
                 done = pool.map(lambda index: list(run_one(index)), indices)
                 for n, found in enumerate(done, 1):
                     failures += found
                     if report is not None and n % 100 == 0:
                         report(n, counts)
         finally:
-            load.close()
-            stock.close()
+            for runners in started:
+                for runner in runners.values():
+                    runner.close()
     return failures, counts
 
 
@@ -402,6 +434,10 @@ def main() -> int:
     parser.add_argument("--only", type=int, help="run this one file")
     parser.add_argument("--unsealed", action="store_true", help="damage ExecuTorch's own program")
     parser.add_argument("--keep", type=Path, help="keep the files that fail here")
+    parser.add_argument("--bases", type=Path, help="the undamaged files; made where missing")
+    parser.add_argument("--loaders", nargs="+", choices=LOADERS, default=LOADERS)
+    parser.add_argument("--under", default="", help="command to run the worker of load under")
+    parser.add_argument("--jobs", type=int, default=2, help="files at once (default: %(default)s)")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
@@ -413,7 +449,15 @@ def main() -> int:
 
     indices = range(args.count) if args.only is None else range(args.only, args.only + 1)
     failures, counts = fuzz(
-        indices, seed=args.seed, unsealed=args.unsealed, keep=args.keep, report=report
+        indices,
+        seed=args.seed,
+        unsealed=args.unsealed,
+        keep=args.keep,
+        bases=args.bases,
+        loaders=tuple(args.loaders),
+        under=args.under,
+        jobs=args.jobs,
+        report=report,
     )
     print(file=sys.stderr)
     for (kind, loader, result), n in sorted(counts.items()):

@@ -2,6 +2,7 @@
 
     python tests/gpu/check_cuda_device.py [--folder DIR] [--big-gb N] [--only PART ...]
     python tests/gpu/check_cuda_device.py --folder DIR --export      # on any machine, beforehand
+    python tests/gpu/check_cuda_device.py --folder DIR --export --only big
 
 Needs the package, built with nvcc, and torch with CUDA. Exports its files into a folder (a
 temporary one if none is given; what is there already is used), runs each on the CPU and on the GPU,
@@ -117,6 +118,29 @@ def cache_file(folder: Path) -> Path:
     return path
 
 
+class WritesBetween(models.Cache):
+    """Two w4a8 linears share a buffer; it is written in place; a third one reads it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before = nn.Linear(models.K, 32)
+        self.after = nn.Linear(models.K, 32)
+
+    def forward(self, x: Tensor, pos: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        first, before = self.proj(self.seen), self.before(self.seen)
+        self.seen.index_copy_(0, pos, x)
+        return first, before, self.after(self.seen)
+
+
+def writes_between_file(folder: Path) -> Path:
+    path, model = folder / "between.pte", WritesBetween()
+    if not path.exists():
+        shapes = ({0: models.dim()}, {0: models.dim()})
+        inputs = (models.rows(3), torch.arange(3))
+        models.write(models.make(model), path, inputs, shapes, activation="int8")
+    return path
+
+
 def byte_llama_file(folder: Path, dtype: torch.dtype, activation: str = "none") -> Path:
     path = folder / f"byte_{str(dtype).removeprefix('torch.')}_{activation}.pte"
     if not path.exists():
@@ -127,8 +151,10 @@ def byte_llama_file(folder: Path, dtype: torch.dtype, activation: str = "none") 
 
 
 def export_files(folder: Path) -> None:
-    """All but those that take no time, or are too big to carry."""
-    for export in (linear_file, many_outputs_file, takes_int_file, cache_file):
+    """All but those that take no time, and the one of gigabytes."""
+    for export in (
+        linear_file, many_outputs_file, takes_int_file, cache_file, writes_between_file,
+    ):  # fmt: skip
         export(folder)
     for dtype, activation in ((torch.float32, "none"), *HALF_PRECISION):
         byte_llama_file(folder, dtype, activation)
@@ -225,6 +251,16 @@ def check_cache(check: Checker, folder: Path) -> None:
         loaded.reset()
     inputs = (models.rows(2, seed=9), torch.arange(2))
     check.near(model.forward(*inputs), cpu.forward(*inputs), "after bad indices")
+
+
+def check_shared_activation(check: Checker, folder: Path) -> None:
+    """What w4a8 linears share is made again once it has been written to."""
+    path = writes_between_file(folder)
+    cpu, model = cuda_int4.load(path, device="cpu"), gpu(path)
+    for turn in range(4):  # eager, captured, replayed
+        inputs = (10 * models.rows(2, seed=turn), torch.arange(turn, turn + 2))
+        check.near(model.forward(*inputs), cpu.forward(*inputs), f"shared activation {turn}")
+    check.note(runs(model) == (1, 1, 3), f"shared activation: {runs(model)}")
 
 
 def check_streams(check: Checker, folder: Path) -> None:
@@ -445,17 +481,23 @@ def pinned_rate() -> float:
     return host.numel() / min(times) / 1e9
 
 
-def check_big(check: Checker, folder: Path, gigabytes: float) -> None:
-    """The rate of an upload, verified and not; memory that will not do; nothing left behind."""
+def wide_file(folder: Path, gigabytes: float) -> tuple[Path, Wide, Tensor]:
+    """A file without a seal, what it was exported from, and an input."""
     n = max(1, round(gigabytes * 1e9 / (Wide.N * Wide.K / 2)))
     model = Wide(n)
-    path = folder / "wide.pte"
     x = torch.randn(1, Wide.K, generator=torch.Generator().manual_seed(1)).half()
-    models.write(model, path, (x,))
-    unsealed = folder / "unsealed.pte"
-    with open(path, "rb+") as file:
-        file.truncate(path.stat().st_size - forged.SEAL_NBYTES)
-    path.rename(unsealed)
+    path, unsealed = folder / "wide.pte", folder / f"unsealed_{n}.pte"
+    if not unsealed.exists():
+        models.write(model, path, (x,))
+        with open(path, "rb+") as file:
+            file.truncate(path.stat().st_size - forged.SEAL_NBYTES)
+        path.rename(unsealed)
+    return unsealed, model, x
+
+
+def check_big(check: Checker, folder: Path, gigabytes: float) -> None:
+    """The rate of an upload, verified and not; memory that will not do; nothing left behind."""
+    unsealed, model, x = wide_file(folder, gigabytes)
     rate = pinned_rate()
     free = torch.cuda.mem_get_info()[0]
     for verify in (True, False, True, False):
@@ -507,13 +549,17 @@ def main() -> int:
         folder = args.folder or Path(name)
         folder.mkdir(parents=True, exist_ok=True)
         if args.export:
-            export_files(folder)
+            if args.only == ["big"]:
+                wide_file(folder, args.big_gb)
+            else:
+                export_files(folder)
             return 0
         parts: dict[str, Callable[[], None]] = {
             "devices": lambda: check_devices(check, folder),
             "shapes": lambda: check_shapes(check, folder),
             "outputs": lambda: check_outputs(check, folder),
             "cache": lambda: check_cache(check, folder),
+            "shared activation": lambda: check_shared_activation(check, folder),
             "streams": lambda: check_streams(check, folder),
             "language model": lambda: check_language_model(check, folder),
             "half precision": lambda: check_half_precision(check, folder),
