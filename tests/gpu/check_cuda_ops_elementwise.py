@@ -2,9 +2,9 @@
 
     python tests/gpu/check_cuda_ops_elementwise.py
 
-Works as check_cuda_ops_reduce.py does: a model for each group of cases, lowered for CUDA, run five
-times on two sets of inputs in turns. Names of groups as arguments run only those; the environment
-variable CHECK_DEVICE=cpu runs ExecuTorch's kernels on the same cases.
+Works as check_cuda_ops_reduce.py does, with the same arguments: a model for each group of cases,
+lowered for CUDA, run five times on two sets of inputs in turns. The environment variable
+CHECK_DEVICE=cpu runs ExecuTorch's kernels on the same cases.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,11 +24,11 @@ from check_cuda_ops_reduce import (
     FLOATS,
     HALF,
     INTS,
-    MAX_PRINTED,
+    LOWER_ONLY,
     Case,
-    check_group,
     lower,
     made,
+    main,
     normal,
     special,
 )
@@ -596,8 +595,12 @@ def refusals(folder: Path, failures: list[str]) -> int:
     n_right = 0
     for name, function, good, bad, expected in REFUSED:
         case = Case(name, function, lambda g: ())
-        lower([case], [list(good)], folder / "refused.pte")
-        with cuda_int4.load(folder / "refused.pte", device="cuda") as model:
+        path = folder / f"refused {name}.pte"
+        if not path.exists():
+            lower([case], [list(good)], path)
+        if LOWER_ONLY in sys.argv:
+            continue
+        with cuda_int4.load(path, device="cuda") as model:
             for _ in range(4):  # the last ones replay a CUDA graph
                 same = torch.equal(model.forward(*good)[0], function(*good))
                 try:
@@ -612,28 +615,6 @@ def refusals(folder: Path, failures: list[str]) -> int:
     return n_right
 
 
-def main() -> int:
-    """Check, report."""
-    n_right = 0
-    all_failures: list[str] = []
-    with tempfile.TemporaryDirectory() as folder:
-        names = [*GROUPS, *([] if os.environ.get("CHECK_DEVICE") == "cpu" else ["refusals"])]
-        for name in sys.argv[1:] or names:
-            failures: list[str] = []
-            cases = list(GROUPS[name]() if name in GROUPS else REFUSED)
-            if name in GROUPS:
-                right = check_group(name, cases, Path(folder), failures)
-            else:
-                right = refusals(Path(folder), failures)
-            n_right += right
-            all_failures += failures
-            verdict = "ok" if not failures else "WRONG"
-            print(f"{name:22} {len(cases):4} cases {right:5} right  {verdict}", flush=True)
-            for failure in failures[:MAX_PRINTED]:
-                print("  WRONG", failure, flush=True)
-    print(f"{n_right} right, {len(all_failures)} wrong")
-    return 1 if all_failures else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    on_cpu = os.environ.get("CHECK_DEVICE") == "cpu"
+    sys.exit(main(GROUPS, {} if on_cpu else {"refusals": refusals}))
