@@ -233,6 +233,10 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "set_num_threads": (c_int32, [c_uint32]),
     "keep_log_quiet": (None, []),
     "linear": (c_int32, [POINTER(LinearArgs), c_int32, c_void_p, c_void_p, c_uint64, c_void_p]),
+    "linear_of_constants": (
+        c_int32,
+        [POINTER(LinearArgs), c_void_p, c_void_p, c_uint64, c_void_p],
+    ),
     "linear_scratch_bytes": (c_int32, [POINTER(LinearArgs), c_int32, POINTER(c_uint64)]),
     "quantize_activation": (c_int32, [POINTER(TensorView), c_void_p, c_void_p]),
     "quantized_activation_bytes": (c_uint64, [c_int64, c_int64]),

@@ -83,6 +83,9 @@ struct ExecutionContext {
   const void* quantized_x = nullptr;  // x of a w4a8 linear, already quantised; nullptr: not yet
   DeviceFault* fault = nullptr;       // memory that both sides see; nullptr: nobody asks
   uint32_t op_index = 0;              // for `fault`: the instruction of the nested program
+  // Nothing that is queued writes the weights of linears: a kernel launched as a dependent may read
+  // them before its griddepcontrol_wait. In PyTorch the kernel ahead may have made them.
+  bool constant_weights = false;
 };
 
 }  // namespace cuda_int4

@@ -64,8 +64,8 @@ int32_t eager_scratch_bytes(const ScratchOp<Args>& op, const Args* args, int32_t
 /// `run` validates, and refuses scratch that is too small.
 template <typename Args>
 int32_t eager_op(const ScratchOp<Args>& op, const Args* args, int32_t device, void* stream,
-                 void* scratch, uint64_t scratch_bytes,
-                 const void* quantized_x = nullptr) noexcept {
+                 void* scratch, uint64_t scratch_bytes, const void* quantized_x = nullptr,
+                 bool constant_weights = false) noexcept {
   return guarded([&]() -> Error {
     Error invalid = check_call(op.name, args, device);
     if (invalid != Error::Ok) return invalid;
@@ -73,6 +73,7 @@ int32_t eager_op(const ScratchOp<Args>& op, const Args* args, int32_t device, vo
     ExecutionContext context{static_cast<DeviceKind>(device), stream,
                              on_cpu ? &parallel_for : nullptr, scratch, scratch_bytes};
     context.quantized_x = quantized_x;
+    context.constant_weights = constant_weights;
     std::vector<uint8_t> own;
     if (on_cpu && scratch == nullptr) {
       invalid = fail(op.validate(*args));
@@ -116,6 +117,12 @@ uint32_t cuda_int4_checksum_continue(uint32_t so_far, const void* data, uint64_t
 int32_t cuda_int4_linear(const LinearArgs* args, int32_t device, void* stream, void* scratch,
                          uint64_t scratch_bytes, const void* quantized_x) {
   return eager_op(kLinear, args, device, stream, scratch, scratch_bytes, quantized_x);
+}
+
+int32_t cuda_int4_linear_of_constants(const LinearArgs* args, void* stream, void* scratch,
+                                      uint64_t scratch_bytes, const void* quantized_x) {
+  return eager_op(kLinear, args, int32_t(DeviceKind::kCuda), stream, scratch, scratch_bytes,
+                  quantized_x, true);
 }
 
 int32_t cuda_int4_linear_scratch_bytes(const LinearArgs* args, int32_t device, uint64_t* nbytes) {

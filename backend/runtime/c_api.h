@@ -45,6 +45,11 @@ CUDA_INT4_API void cuda_int4_keep_log_quiet(void);
 CUDA_INT4_API int32_t cuda_int4_linear(const cuda_int4::LinearArgs* args, int32_t device,
                                        void* stream, void* scratch, uint64_t scratch_bytes,
                                        const void* quantized_x);
+// The same on CUDA, of a weight that nothing on the stream writes, as in a .pte: the kernel may read
+// it before what is ahead on the stream has ended.
+CUDA_INT4_API int32_t cuda_int4_linear_of_constants(const cuda_int4::LinearArgs* args, void* stream,
+                                                    void* scratch, uint64_t scratch_bytes,
+                                                    const void* quantized_x);
 CUDA_INT4_API int32_t cuda_int4_linear_scratch_bytes(const cuda_int4::LinearArgs* args,
                                                      int32_t device, uint64_t* nbytes);
 // x [..., K] on CUDA, once for all w4a8 linears that read it, into `to`: device memory at a multiple

@@ -124,6 +124,7 @@ Error DelegateMethod::run() {
   execution.stream = device_->stream();
   execution.parallel_for = execution.device == DeviceKind::kCpu ? &parallel_for : nullptr;
   execution.fault = fault();
+  execution.constant_weights = true;  // check_nested
   if (shared_activation_ != nullptr) shared_activation_->forget();
   const ExecutionScope scope(execution, shared_activation_.get());
   const size_t before = temp_->resets();

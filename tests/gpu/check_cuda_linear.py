@@ -55,6 +55,7 @@ EXPORTED int32_t check_linear(const cuda_int4::LinearArgs* args, void* stream, v
   context.stream = stream;
   context.scratch = scratch;
   context.scratch_bytes = scratch_bytes;
+  context.constant_weights = true;
   *status = cuda_int4::linear(*args, context);
   return static_cast<int32_t>(status->code);
 }

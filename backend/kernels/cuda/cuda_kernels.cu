@@ -39,6 +39,7 @@ Status linear_coalesced_w4a16_mma(const LinearArgs& args, const ExecutionContext
   kernel_args.N = linear_N(args);
   kernel_args.K = linear_K(args);
   kernel_args.group_size = args.group_size;
+  kernel_args.constant_weights = context.constant_weights;
   return device_status(args, launch_matvec_w4a16_mma(
                                  kernel_args, static_cast<cudaStream_t>(context.stream), launched));
 }

@@ -6,7 +6,8 @@
 namespace cuda_int4 {
 
 // `kernel` calls griddepcontrol_wait before it touches memory that others write or read: its launch
-// overlaps the end of the kernel ahead. A plain launch where the GPU (below sm_90) has no such thing.
+// overlaps the end of the kernel ahead. Weights are such memory, unless the context has
+// constant_weights. A plain launch where the GPU (below sm_90) has no such thing.
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch_dependent(void (*kernel)(Parameters...), dim3 grid, dim3 block, int shared_bytes,
                              cudaStream_t stream, const Arguments&... arguments) {

@@ -687,6 +687,8 @@ template <typename S>
 bool choose_plan(const MatvecW4A16MmaArgs& args, const Device& device, Plan* best) {
   const int64_t n_strips = (args.N + kStripRows - 1) / kStripRows;
   const int64_t n_units = (args.K + kUnitK - 1) / kUnitK;
+  // It reads the weights before it waits for the kernel ahead.
+  const bool is_dependent = device.has_clusters && args.constant_weights;
   float best_time = 0.f;
   bool found = false;
   for (int cluster = 1; cluster <= (device.has_clusters ? kMaxCluster : 1); cluster *= 2) {
@@ -704,7 +706,7 @@ bool choose_plan(const MatvecW4A16MmaArgs& args, const Device& device, Plan* bes
       const int clusters = static_cast<int>(n_strips < most ? n_strips : most);
       for (int all = kMaxWarps; all >= kMaxWarps / 4; all /= 2) {
         for (int warps = 1; warps <= all && warps <= units; ++warps) {
-          Plan plan = {warps, all / warps, cluster, clusters, kMaxStages, device.has_clusters};
+          Plan plan = {warps, all / warps, cluster, clusters, kMaxStages, is_dependent};
           // Small work leaves room for the block of the kernel behind.
           if ((units + warps - 1) / warps <= 8) plan.stages = 3;
           const float time = static_cast<float>(waves) * estimate(plan, args);

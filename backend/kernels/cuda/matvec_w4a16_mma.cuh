@@ -18,6 +18,7 @@ struct MatvecW4A16MmaArgs {  // device pointers; sizes in elements
   void* y;
   DType dtype, scale_dtype, zero_point_dtype;  // dtype: of x, bias and y
   int64_t M, N, K, group_size;
+  bool constant_weights;  // ExecutionContext
 };
 
 // *launched is false where the shape is beyond this kernel (K too long for shared memory): nothing
