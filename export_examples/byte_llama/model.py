@@ -22,6 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 WEIGHTS = Path(__file__).with_name("byte_llama.safetensors")
+WEIGHTS_24 = Path(__file__).with_name("byte_llama_24.safetensors")  # finetune24.py
+
+
+KEPT, PLACES = ".kept", ".places"  # the two parts of a 2:4 weight in a file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,15 +213,59 @@ class ByteLlama(nn.Module):
 def load(
     path: str | Path = WEIGHTS, *, max_context: int = 0, dtype: torch.dtype = torch.float32
 ) -> ByteLlama:
-    """Load trained weights (safetensors, config in its metadata) into a model in eval mode."""
+    """Load trained weights (safetensors, config in its metadata) into a model in eval mode.
+
+    A 2:4 weight may be stored as :func:`save_24` does; it becomes a matrix with zeros again.
+    """
     from safetensors import safe_open
 
     with safe_open(str(path), framework="pt") as file:
         config = Config(**json.loads(file.metadata()["config"]))
         state = {name: file.get_tensor(name) for name in file.keys()}
+    for name in [name for name in state if name.endswith(KEPT)]:
+        values, bits = state.pop(name), state.pop(name.removesuffix(KEPT) + PLACES)
+        mask = (bits.unsqueeze(-1) >> torch.arange(8) & 1).bool().flatten(1)
+        weight = torch.zeros(mask.shape, dtype=values.dtype)
+        state[name.removesuffix(KEPT)] = weight.masked_scatter_(mask, values)
     model = ByteLlama(config, max_context=max_context)
     model.load_state_dict(state)
     return model.cast(dtype).eval()
+
+
+def save_24(model: ByteLlama, report: dict, path: Path) -> None:
+    """Write a bfloat16 model whose linears are 2:4, two of four weights each, and a report.
+
+    A weight ``w`` [N, K] becomes ``w.kept`` bfloat16 [N, K/2] and ``w.places`` uint8 [N, K/8],
+    bit i of byte j set where column 8j + i is kept. Where fewer than two of four are not 0, zeros
+    are kept.
+    """
+    from safetensors.torch import save_file
+
+    linears = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    state = {}
+    for name, weight in model.state_dict().items():
+        weight = weight.detach().cpu()
+        if name not in linears:
+            state[name] = weight.contiguous()
+            continue
+        fours = weight.unflatten(1, (-1, 4))
+        largest = (fours != 0).byte().argsort(dim=-1, descending=True, stable=True)
+        mask = torch.zeros_like(fours, dtype=torch.bool).scatter_(-1, largest[..., :2], True)
+        if bool(fours[~mask].any()):
+            raise ValueError(f"{name}: expected at most 2 of 4 weights that are not 0; prune first")
+        mask = mask.flatten(1)
+        state[name + KEPT] = weight[mask].view(len(weight), -1)
+        weights_of_bits = 1 << torch.arange(8)
+        state[name + PLACES] = (
+            (mask.unflatten(1, (-1, 8)) * weights_of_bits).sum(-1).to(torch.uint8)
+        )
+    metadata = {
+        "config": json.dumps(dataclasses.asdict(model.config)),
+        "report": json.dumps(report),
+    }
+    part = path.with_suffix(".tmp")
+    save_file(state, part, metadata=metadata)
+    part.replace(path)
 
 
 def as_tensor(text: bytes) -> Tensor:
