@@ -114,6 +114,7 @@ class LinearArgs(ctypes.Structure):
         ("layout_tag", c_char_p),
         ("activation", c_char_p),
         ("name", c_char_p),
+        ("out_features", c_int64),
     ]
 
 

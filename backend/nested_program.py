@@ -48,6 +48,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from .passes.graph import args_of, calls, constant_name, edge_op, is_constant, op_of
+from .passes.int4_linear import linear_args
 from .passes.widen_index_put import fits_in_place
 
 _RENAMED_NAMESPACES = ("aten", "dim_order_ops")
@@ -203,12 +204,12 @@ def _roles(program: ExportedProgram) -> list[_Role]:
     """One entry per placeholder, in order: the emitter's first values are theirs."""
     parts: dict[str, tuple[str, str, str]] = {}
     for node in calls(program, torch.ops.cuda_int4.linear.default):
-        _, *operands, _, tag, _ = args_of(node)
+        args = linear_args(node)
         weight = weight_name(program, node)
-        for part, operand in zip(_LINEAR_PARTS, operands, strict=True):
+        for part, operand in zip(_LINEAR_PARTS, (*args.weight, args.bias), strict=True):
             if operand is not None:
                 name = constant_name(program, operand) if part == "bias" else f"{weight}.{part}"
-                parts.setdefault(operand.name, (name, tag, part))
+                parts.setdefault(operand.name, (name, args.layout_tag, part))
     roles = []
     for node in program.graph.nodes:
         if node.op != "placeholder":

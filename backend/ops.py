@@ -25,7 +25,7 @@ from . import _native
 
 _SCHEMAS = {
     "linear": "Tensor x, Tensor qdata, Tensor scale, Tensor? zero_point, Tensor? meta, "
-    "Tensor? bias, int group_size, str layout_tag, str activation",
+    "Tensor? bias, int group_size, str layout_tag, str activation, int? out_features=None",
     "attention": "Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool is_causal, "
     "float softcap=0.0",
     "rms_norm": "Tensor x, Tensor? weight, float eps",
@@ -39,7 +39,7 @@ _TENSOR_ARGS = {
     "silu": ("x",),
 }
 _OTHER_ARGS = {
-    "linear": ("group_size", "layout_tag", "activation"),
+    "linear": ("group_size", "layout_tag", "activation", "out_features"),
     "attention": ("scale", "is_causal", "softcap"),
     "rms_norm": ("eps",),
     "silu": (),
@@ -54,10 +54,20 @@ _STRUCTS = {
 _NEEDS_SCRATCH: dict[str, tuple] = {"linear": (None,), "attention": ()}
 
 
-def _linear_shape(x: Tensor, qdata: Tensor, scale: Tensor, *_: object) -> list:
-    # Rows of qdata are output features in coalesced.v1 and plain.v1; a layout that tiles N and K
-    # names its own rule here.
-    return [*x.shape[:-1], qdata.shape[0]]
+def _linear_shape(
+    x: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    meta: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    layout_tag: str,
+    activation: str,
+    out_features: int | None = None,
+) -> list:
+    # Rows of qdata are output features, unless the layout has another order, which then pads N.
+    return [*x.shape[:-1], qdata.shape[0] if out_features is None else out_features]
 
 
 _OUT_SHAPES: dict[str, Callable[..., list]] = {
@@ -81,7 +91,8 @@ def _run(op: str, args: tuple, out: Tensor) -> Tensor:
     struct = kind.from_buffer_copy(views.ljust(ctypes.sizeof(kind), b"\0"))
     # The dispatcher leaves a default out: 0, as in the struct.
     for name, value in zip(_OTHER_ARGS[op], args[n_tensors:], strict=False):
-        setattr(struct, name, value.encode() if isinstance(value, str) else value)
+        if value is not None:  # an int that is not stated is 0 too
+            setattr(struct, name, value.encode() if isinstance(value, str) else value)
     if not out.is_cuda:
         # No scratch: the op takes its own from the heap.
         rest = (None, 0, *_NEEDS_SCRATCH[op]) if op in _NEEDS_SCRATCH else ()

@@ -32,7 +32,8 @@ from .layouts import check_tag
 from .nested_program import NestedProgram, emit_nested_program, nested_name, weight_name
 from .packing import describe
 from .passes import run_passes
-from .passes.graph import args_of, calls, is_constant
+from .passes.graph import calls, is_constant
+from .passes.int4_linear import linear_args
 
 
 def encode_specs(**values: str) -> list[CompileSpec]:
@@ -130,15 +131,18 @@ def _linears(program: ExportedProgram) -> list[tuple[LinearRecord, dict[str, str
     """
     found: dict[tuple, tuple[LinearRecord, dict[str, str]]] = {}
     for node in calls(program, torch.ops.cuda_int4.linear.default):
-        x, *parts, group_size, tag, activation = args_of(node)
+        args = linear_args(node)
+        parts = (*args.weight, args.bias)
         names = dict(zip(("qdata", "scale", "zero_point", "meta", "bias"), parts, strict=True))
         placeholders = {
-            label: part.name for label, part in names.items() if is_constant(program, part)
+            label: part.name
+            for label, part in names.items()
+            if part is not None and is_constant(program, part)
         }
-        weight = weight_name(program, node)
+        weight, tag, activation = weight_name(program, node), args.layout_tag, args.activation
         check_tag(tag, who=weight)
-        N, K = node.meta["val"].shape[-1], x.meta["val"].shape[-1]
-        record = LinearRecord(weight, tag, activation, int(N), int(K), group_size, -1, -1)
+        N, K = node.meta["val"].shape[-1], args.x.meta["val"].shape[-1]
+        record = LinearRecord(weight, tag, activation, int(N), int(K), args.group_size, -1, -1)
         found.setdefault((*placeholders.items(), activation), (record, placeholders))
     return list(found.values())
 

@@ -117,7 +117,7 @@ REFUSALS = [
         "plain layout",
         lambda b: linear(b, layout_tag="plain.v1"),
         INCOMPATIBLE,
-        ("proj.weight", "expected packed weights (coalesced.v1)", '"plain.v1"', "export"),
+        ("proj.weight", "expected packed weights (coalesced.v1, ", '"plain.v1"', "export"),
     ),
     Refusal(
         "unknown layout",
@@ -189,7 +189,7 @@ REFUSALS = [
         "another N",
         lambda b: linear(b, N=47),
         INVALID_PROGRAM,
-        ("proj.weight", "N=47 K=64", "[48, 32]", "export it again"),
+        ("proj.weight", "expected out_features 48", "got 47", "pack it again"),
     ),
     Refusal(
         "another group size",

@@ -117,7 +117,7 @@ def test_structs_have_the_sizes_that_c_gives_them():
     """Offsets follow from the fields; tests/cpp/structs.cpp prints what the compiler says."""
     view = ctypes.sizeof(_native.TensorView)
     assert view == 152
-    assert ctypes.sizeof(_native.LinearArgs) == 7 * view + 4 * 8
+    assert ctypes.sizeof(_native.LinearArgs) == 7 * view + 5 * 8
     assert ctypes.sizeof(_native.AttentionArgs) == 5 * view + 24
     assert ctypes.sizeof(_native.RmsNormArgs) == 3 * view + 8
     assert ctypes.sizeof(_native.SiluArgs) == 2 * view

@@ -59,7 +59,7 @@ def test_the_call_itself_is_right():
 
 
 def test_each_wrong_layout_has_its_own_message():
-    tags = (b"plain.v1", b"coalesced.v0", b"coalesced.v2", b"marlin.v1", b"coalesced", b"")
+    tags = (b"plain.v1", b"coalesced.v0", b"coalesced.v2", b"zigzag.v1", b"coalesced", b"")
     # A square weight: [n_groups, N] scales have the shape of [N, n_groups]; the tag alone tells.
     square = {"qdata": torch.zeros(2, 32, dtype=torch.uint8), "bias": None}
     square |= {name: torch.ones(2, 2, dtype=torch.bfloat16) for name in ("scale", "zero_point")}
@@ -67,22 +67,23 @@ def test_each_wrong_layout_has_its_own_message():
     assert_expected_inline(
         refusals(INCOMPATIBLE_LAYOUT, *({"layout_tag": tag} for tag in tags), square),
         """\
-layers.0.wq.weight: expected packed weights (coalesced.v1), got "plain.v1", torchao's
-    interchange order with scales [n_groups, N], which no kernel reads; export through
-    CudaInt4Partitioner, or pack with CudaCoalescedInt4Tensor.from_int4
+layers.0.wq.weight: expected packed weights (coalesced.v1, marlin.v1, marlin24.v1), got
+    "plain.v1", torchao's interchange order with scales [n_groups, N], which no kernel reads;
+    export through CudaInt4Partitioner, or pack with CudaCoalescedInt4Tensor.from_int4
 layers.0.wq.weight: expected layout coalesced.v1, got the older "coalesced.v0", whose bytes mean
     something else; export the model again with this version
 layers.0.wq.weight: expected layout coalesced.v1, got the newer "coalesced.v2", which this build
     cannot read; update executorch-cuda-int4, or export again with this version
-layers.0.wq.weight: expected a layout this build knows (coalesced.v1), got "marlin.v1"; install
-    the version of executorch-cuda-int4 that wrote it, or export again with this one
-layers.0.wq.weight: expected a layout tag of the form name.vN (coalesced.v1), got "coalesced";
-    export the model again
-layers.0.wq.weight: expected a layout tag (coalesced.v1), got none; pack the weight with
-    CudaCoalescedInt4Tensor.from_int4, which writes its tag, or export again
-layers.0.wq.weight: expected packed weights (coalesced.v1), got "plain.v1", torchao's
-    interchange order with scales [n_groups, N], which no kernel reads; export through
-    CudaInt4Partitioner, or pack with CudaCoalescedInt4Tensor.from_int4""",
+layers.0.wq.weight: expected a layout this build knows (coalesced.v1, marlin.v1, marlin24.v1),
+    got "zigzag.v1"; install the version of executorch-cuda-int4 that wrote it, or export again
+    with this one
+layers.0.wq.weight: expected a layout tag of the form name.vN (coalesced.v1, marlin.v1,
+    marlin24.v1), got "coalesced"; export the model again
+layers.0.wq.weight: expected a layout tag (coalesced.v1, marlin.v1, marlin24.v1), got none; pack
+    the weight with CudaCoalescedInt4Tensor.from_int4, which writes its tag, or export again
+layers.0.wq.weight: expected packed weights (coalesced.v1, marlin.v1, marlin24.v1), got
+    "plain.v1", torchao's interchange order with scales [n_groups, N], which no kernel reads;
+    export through CudaInt4Partitioner, or pack with CudaCoalescedInt4Tensor.from_int4""",
     )
 
 

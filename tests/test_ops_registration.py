@@ -38,10 +38,11 @@ def test_schemas():
         folded(*lines),
         """\
 cuda_int4::linear(Tensor x, Tensor qdata, Tensor scale, Tensor? zero_point, Tensor? meta,
-    Tensor? bias, int group_size, str layout_tag, str activation) -> Tensor
+    Tensor? bias, int group_size, str layout_tag, str activation, int? out_features=None) ->
+    Tensor
 cuda_int4::linear.out(Tensor x, Tensor qdata, Tensor scale, Tensor? zero_point, Tensor? meta,
-    Tensor? bias, int group_size, str layout_tag, str activation, *, Tensor(a!) out) ->
-    Tensor(a!)
+    Tensor? bias, int group_size, str layout_tag, str activation, int? out_features=None, *,
+    Tensor(a!) out) -> Tensor(a!)
 cuda_int4::attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool is_causal,
     float softcap=0.) -> Tensor
 cuda_int4::attention.out(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool
@@ -112,9 +113,10 @@ def test_errors_carry_the_library_s_reason():
             message(linear.out, *ours, 32, tag, "none", out=torch.empty(3, 13)),
         ),
         """\
-cuda_int4::linear: expected packed weights (coalesced.v1), got "plain.v1", torchao's interchange
-    order with scales [n_groups, N], which no kernel reads; export through CudaInt4Partitioner,
-    or pack with CudaCoalescedInt4Tensor.from_int4 [DelegateInvalidCompatibility]
+cuda_int4::linear: expected packed weights (coalesced.v1, marlin.v1, marlin24.v1), got
+    "plain.v1", torchao's interchange order with scales [n_groups, N], which no kernel reads;
+    export through CudaInt4Partitioner, or pack with CudaCoalescedInt4Tensor.from_int4
+    [DelegateInvalidCompatibility]
 cuda_int4::linear: expected layout coalesced.v1, got the newer "coalesced.v2", which this build
     cannot read; update executorch-cuda-int4, or export again with this version
     [DelegateInvalidCompatibility]

@@ -11,21 +11,17 @@
 // Requires K % 32 == 0, group_size in {32, 64, 128, 256} or K, K % group_size == 0; any N.
 #pragma once
 
-#include "ops.h"
+#include "linear_sizes.h"
 
 namespace cuda_int4 {
 
 Status validate_coalesced_weight(const LinearArgs& args);
+int64_t coalesced_K(const LinearArgs& args);
 
 // Kernels of the layout table, one pair per device; arguments have passed validate_linear.
 uint64_t cpu_linear_coalesced_scratch_bytes(const LinearArgs& args);
 Status cpu_linear_coalesced(const LinearArgs& args, const ExecutionContext& context);
 uint64_t cuda_linear_coalesced_scratch_bytes(const LinearArgs& args);
 Status cuda_linear_coalesced(const LinearArgs& args, const ExecutionContext& context);
-
-// Rows of x and reduction length, once the arguments are valid.
-inline int64_t linear_N(const LinearArgs& args) { return args.qdata.sizes[0]; }
-inline int64_t linear_K(const LinearArgs& args) { return 2 * args.qdata.sizes[1]; }
-int64_t linear_M(const LinearArgs& args);
 
 }  // namespace cuda_int4

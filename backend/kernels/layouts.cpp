@@ -1,24 +1,53 @@
 #include "layouts.h"
 
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 
 #include "checks.h"
 #include "coalesced.h"
+#include "marlin.h"
 
 namespace cuda_int4 {
 
 namespace {
 
-// name, version, validator, {CPU kernels, CUDA kernels}
+// name, version, validator, K, validator of values, {CPU kernels, CUDA kernels}
 constexpr Layout kLayouts[] = {
     {"coalesced",
      1,
      validate_coalesced_weight,
+     coalesced_K,
+     nullptr,
      {{cpu_linear_coalesced_scratch_bytes, cpu_linear_coalesced},
       {cuda_linear_coalesced_scratch_bytes, cuda_linear_coalesced}}},
+    {"marlin",
+     1,
+     validate_marlin_weight,
+     marlin_K,
+     nullptr,
+     {{cpu_linear_marlin_scratch_bytes, cpu_linear_marlin},
+      {cuda_linear_marlin_scratch_bytes, cuda_linear_marlin}}},
+    {"marlin24",
+     1,
+     validate_marlin24_weight,
+     marlin24_K,
+     validate_marlin24_values,
+     {{cpu_linear_marlin24_scratch_bytes, cpu_linear_marlin24},
+      {cuda_linear_marlin24_scratch_bytes, cuda_linear_marlin24}}},
 };
-constexpr char kKnownTags[] = "coalesced.v1";
+
+// "coalesced.v1, marlin.v1, ...", for messages.
+struct KnownTags {
+  KnownTags() {
+    size_t length = 0;
+    for (const Layout& row : kLayouts) {
+      length += static_cast<size_t>(snprintf(text + length, sizeof(text) - length, "%s%s.v%d",
+                                             length == 0 ? "" : ", ", row.name, row.version));
+    }
+  }
+  char text[24 * (sizeof(kLayouts) / sizeof(kLayouts[0]))];
+};
 
 // Splits "name.vN"; false where the text is not of that form. Versions of more than 6 digits are
 // nobody's.
@@ -46,7 +75,7 @@ Status find_layout(const LinearArgs& args, const Layout** layout) {
     return error(StatusCode::kIncompatibleLayout,
                  "%.200s: expected a layout tag (%s), got none; pack the weight with "
                  "CudaCoalescedInt4Tensor.from_int4, which writes its tag, or export again",
-                 name, kKnownTags);
+                 name, KnownTags().text);
   }
   size_t name_length = 0;
   int version = 0;
@@ -54,14 +83,14 @@ Status find_layout(const LinearArgs& args, const Layout** layout) {
     return error(StatusCode::kIncompatibleLayout,
                  "%.200s: expected a layout tag of the form name.vN (%s), got \"%.64s\"; export "
                  "the model again",
-                 name, kKnownTags, tag);
+                 name, KnownTags().text, tag);
   }
   if (name_length == 5 && memcmp(tag, "plain", 5) == 0) {
     return error(StatusCode::kIncompatibleLayout,
                  "%.200s: expected packed weights (%s), got \"%.64s\", torchao's interchange order "
                  "with scales [n_groups, N], which no kernel reads; export through "
                  "CudaInt4Partitioner, or pack with CudaCoalescedInt4Tensor.from_int4",
-                 name, kKnownTags, tag);
+                 name, KnownTags().text, tag);
   }
   for (const Layout& row : kLayouts) {
     if (strlen(row.name) != name_length || memcmp(row.name, tag, name_length) != 0) continue;
@@ -83,7 +112,7 @@ Status find_layout(const LinearArgs& args, const Layout** layout) {
   return error(StatusCode::kIncompatibleLayout,
                "%.200s: expected a layout this build knows (%s), got \"%.64s\"; install the "
                "version of executorch-cuda-int4 that wrote it, or export again with this one",
-               name, kKnownTags, tag);
+               name, KnownTags().text, tag);
 }
 
 }  // namespace cuda_int4

@@ -13,6 +13,10 @@ struct Layout {
   int version;
   // The weight's parts against each other; data may be null (metadata only).
   Status (*validate_weight)(const LinearArgs& args);
+  // K of a weight that is valid; its N: linear_N.
+  int64_t (*K)(const LinearArgs& args);
+  // The bytes of a valid weight, in host memory; nullptr: kernels take every byte.
+  Status (*validate_values)(const LinearArgs& args);
   // Per device, indexed by DeviceKind. The arguments have passed validate_linear.
   struct Kernels {
     uint64_t (*scratch_bytes)(const LinearArgs& args);

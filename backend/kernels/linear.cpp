@@ -3,8 +3,8 @@
 #include <cstring>
 
 #include "checks.h"
-#include "coalesced.h"
 #include "layouts.h"
+#include "linear_sizes.h"
 #include "ops.h"
 
 namespace cuda_int4 {
@@ -47,9 +47,9 @@ bool is_device(DeviceKind device) {
   return device == DeviceKind::kCpu || device == DeviceKind::kCuda;
 }
 
-Status validate_call(const LinearArgs& args) {
+Status validate_call(const LinearArgs& args, const Layout& layout) {
   const char* name = weight_name(args);
-  const int64_t N = linear_N(args), K = linear_K(args);
+  const int64_t N = linear_N(args), K = layout.K(args);
   int64_t numel = 0;
 
   const TensorCheck x{name, "x", "pass x as a contiguous float tensor [..., K]"};
@@ -79,10 +79,10 @@ Status validate_call(const LinearArgs& args) {
                  "%.200s: expected bias of dtype %s (x's), got %s; cast one to the other", name,
                  dtype_name(args.x.dtype), dtype_name(args.bias.dtype));
   }
-  const TensorView* const views[] = {&args.x,     &args.y,          &args.qdata,
-                                     &args.scale, &args.zero_point, &args.bias};
-  const char* const parts[] = {"x", "y", "qdata", "scale", "zero_point", "bias"};
-  for (int i = 0; i < 6; ++i) {
+  const TensorView* const views[] = {&args.x,          &args.y,    &args.qdata, &args.scale,
+                                     &args.zero_point, &args.meta, &args.bias};
+  const char* const parts[] = {"x", "y", "qdata", "scale", "zero_point", "meta", "bias"};
+  for (int i = 0; i < 7; ++i) {
     if (!views[i]->present()) continue;
     CUDA_INT4_RETURN_IF_ERROR(
         check_data({name, parts[i], "pass a tensor that owns memory"}, *views[i]));
@@ -97,9 +97,24 @@ Status validate_linear_weight(const LinearArgs& args) {
   return validate_weight(args, &layout);
 }
 
+void linear_weight_sizes(const LinearArgs& args, int64_t* N, int64_t* K) {
+  const Layout* layout = nullptr;
+  *N = *K = 0;
+  if (!find_layout(args, &layout).ok()) return;
+  *N = linear_N(args);
+  *K = layout->K(args);
+}
+
+Status validate_linear_values(const LinearArgs& args) {
+  const Layout* layout = nullptr;
+  CUDA_INT4_RETURN_IF_ERROR(find_layout(args, &layout));
+  return layout->validate_values == nullptr ? Status{} : layout->validate_values(args);
+}
+
 Status validate_linear(const LinearArgs& args) {
-  CUDA_INT4_RETURN_IF_ERROR(validate_linear_weight(args));
-  return validate_call(args);
+  const Layout* layout = nullptr;
+  CUDA_INT4_RETURN_IF_ERROR(validate_weight(args, &layout));
+  return validate_call(args, *layout);
 }
 
 uint64_t linear_scratch_bytes(const LinearArgs& args, DeviceKind device) {
@@ -111,7 +126,7 @@ uint64_t linear_scratch_bytes(const LinearArgs& args, DeviceKind device) {
 Status linear(const LinearArgs& args, const ExecutionContext& context) {
   const Layout* layout = nullptr;
   CUDA_INT4_RETURN_IF_ERROR(validate_weight(args, &layout));
-  CUDA_INT4_RETURN_IF_ERROR(validate_call(args));
+  CUDA_INT4_RETURN_IF_ERROR(validate_call(args, *layout));
   if (!is_device(context.device)) {
     return error(StatusCode::kInvalidArgument,
                  "%.200s: expected device 0 (cpu) or 1 (cuda), got %d", weight_name(args),

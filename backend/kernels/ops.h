@@ -14,9 +14,9 @@ namespace cuda_int4 {
 // and backend/layouts.py.
 struct LinearArgs {
   TensorView x;           // [..., K] float16 | bfloat16 | float32, contiguous
-  TensorView qdata;       // coalesced.v1: uint8 [N, K/2], even k in the low nibble, 16-byte aligned
-  TensorView scale;       // coalesced.v1: float16 | bfloat16 | float32 [N, K/group_size]
-  TensorView zero_point;  // absent: 8.0; coalesced.v1: dtype of scale or float32, shape of scale
+  TensorView qdata;       // the packed codes, uint8; this and the next three: coalesced.h, marlin.h
+  TensorView scale;       // float16 | bfloat16 | float32
+  TensorView zero_point;  // absent: 8.0; dtype of scale or float32, shape of scale
   TensorView meta;        // absent but for 2:4 layouts
   TensorView bias;        // absent or [N], dtype of x
   TensorView y;           // [..., N], dtype of x, contiguous; written, never read
@@ -24,10 +24,17 @@ struct LinearArgs {
   const char* layout_tag;
   const char* activation;  // "none": w4a16; "int8": x is rounded to int8 per 32 values
   const char* name;        // the weight, for messages; may be nullptr
+  // N; 0: not stated. Layouts that pad N need it, for others it may be left out.
+  int64_t out_features;
 };
 
-// Everything the weight's parts decide by themselves; x and y are not looked at.
+// Everything the weight's parts decide by themselves; x and y are not looked at, and no data.
 Status validate_linear_weight(const LinearArgs& args);
+// N and K of such a weight.
+void linear_weight_sizes(const LinearArgs& args, int64_t* N, int64_t* K);
+// The bytes of such a weight, in host memory: metadata of 2:4 layouts that names no two places, or
+// the same place twice, is refused. Other layouts take every byte.
+Status validate_linear_values(const LinearArgs& args);
 // The weight, x and y together.
 Status validate_linear(const LinearArgs& args);
 // Scratch that linear() needs for these arguments (0 for most); assumes they are valid.

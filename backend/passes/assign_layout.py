@@ -7,7 +7,8 @@ from executorch.exir.pass_base import ExportedProgramPassBase, ExportedProgramPa
 from torch.export import ExportedProgram
 
 from ..layouts import choose_layout
-from .graph import args_of, calls
+from .graph import calls
+from .int4_linear import linear_args
 
 STORED_TAG = "stored_layout_tag"  # node.meta: the tag that the constants' bytes still have
 
@@ -35,14 +36,14 @@ class AssignLayoutPass(ExportedProgramPassBase):
         """Run the pass."""
         modified = False
         for node in calls(exported_program, torch.ops.cuda_int4.linear.default):
-            *operands, group_size, tag, activation = args_of(node)
-            N, K = node.meta["val"].shape[-1], operands[0].meta["val"].shape[-1]
-            new_tag = choose_layout(self.layout, N, K, group_size)
-            new_activation = activation if self.activation == "none" else self.activation
-            if (new_tag, new_activation) == (tag, activation):
+            args = linear_args(node)
+            N, K = node.meta["val"].shape[-1], args.x.meta["val"].shape[-1]
+            new_tag = choose_layout(self.layout, N, K, args.group_size)
+            new_activation = args.activation if self.activation == "none" else self.activation
+            if (new_tag, new_activation) == (args.layout_tag, args.activation):
                 continue
-            node.meta.setdefault(STORED_TAG, tag)
-            node.args = (*operands, group_size, new_tag, new_activation)
+            node.meta.setdefault(STORED_TAG, args.layout_tag)
+            node.args = args._replace(layout_tag=new_tag, activation=new_activation)
             modified = True
         if modified:
             exported_program.graph_module.recompile()

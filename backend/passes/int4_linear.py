@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch.export import ExportedProgram
@@ -38,6 +39,31 @@ _TRANSPOSES = (
 _VIEWS = (aten.view_copy.default, aten.view.default, aten._unsafe_view.default)
 _GGUF_BLOCK = 256, 144  # weights and bytes of a Q4_K block
 _GGUF_GROUP_SIZE = 32
+
+
+class LinearArgs(NamedTuple):
+    """The arguments of a ``cuda_int4.linear`` node, as its schema orders them."""
+
+    x: Node
+    qdata: Node
+    scale: Node
+    zero_point: Node | None
+    meta: Node | None
+    bias: Node | None
+    group_size: int
+    layout_tag: str
+    activation: str
+    out_features: int | None
+
+    @property
+    def weight(self) -> tuple[Node | None, ...]:
+        """The nodes of the weight's parts; None where it has none of that."""
+        return self.qdata, self.scale, self.zero_point, self.meta
+
+
+def linear_args(node: Node) -> LinearArgs:
+    """Of a ``cuda_int4.linear`` node."""
+    return LinearArgs(*args_of(node))
 
 
 @dataclass(frozen=True)
@@ -78,19 +104,17 @@ def match_int4_linear(program: ExportedProgram, node: Node) -> Int4Match | None:
     """
     name = op_name(node)
     if name == "cuda_int4::linear":
-        x, qdata, scale, zero_point, meta, bias, group_size, _, _ = args_of(node)
-        N, K = _shape(node)[-1], _shape(x)[-1]
-        parts = (qdata, scale, zero_point, meta)
+        args = linear_args(node)
         return Int4Match(
             node,
-            x,
+            args.x,
             "packed",
-            parts,
-            bias,
-            constant_name(program, qdata),
-            N,
-            K,
-            group_size,
+            args.weight,
+            args.bias,
+            constant_name(program, args.qdata),
+            _shape(node)[-1],
+            _shape(args.x)[-1],
+            args.group_size,
         )
     if name == "mslk::bf16i4bf16_rowwise":
         x, qdata, scale, zero = node.args[:4]
@@ -173,10 +197,10 @@ def refusal(program: ExportedProgram, match: Int4Match) -> str | None:
     try:
         check_shape(match.N, match.K, match.group_size, who=who)
         if match.form == "packed":
-            _, _, _, _, _, _, _, tag, activation = args_of(match.node)
-            check_tag(tag, who=who, interchange=True)
-            if activation not in ACTIVATIONS:
-                return f"{who}: expected activation in {ACTIVATIONS}, got {activation!r}"
+            args = linear_args(match.node)
+            check_tag(args.layout_tag, who=who, interchange=True)
+            if args.activation not in ACTIVATIONS:
+                return f"{who}: expected activation in {ACTIVATIONS}, got {args.activation!r}"
     except ValueError as error:
         return str(error)
     if match.form == "dequantize":

@@ -13,12 +13,12 @@ from ..tensors import CudaCoalescedInt4Tensor
 from .assign_layout import STORED_TAG
 from .graph import (
     add_constant,
-    args_of,
     calls,
     constant_name,
     constant_tensor,
     remove_unused_constants,
 )
+from .int4_linear import linear_args
 
 _PARTS = ("qdata", "scale", "zero_point", "meta")
 
@@ -40,11 +40,13 @@ class PackWeightsPass(ExportedProgramPassBase):
         packed: dict[tuple, tuple[Node | None, ...]] = {}
         uses = _uses_by_weight(exported_program)
         for key, linears in uses.items():
-            old = {part for node in linears for part in args_of(node)[1:5] if part is not None}
+            old = {
+                part for node in linears for part in linear_args(node).weight if part is not None
+            }
             packed[key] = _pack(exported_program, linears[0])
             for node in linears:
-                x, *_, bias, group_size, tag, activation = args_of(node)
-                node.args = (x, *packed[key], bias, group_size, tag, activation)
+                args = linear_args(node)
+                node.args = (args.x, *packed[key], *args[5:])
                 node.meta.pop(STORED_TAG, None)
             remove_unused_constants(exported_program, old)
         if uses:
@@ -61,19 +63,19 @@ def _uses_by_weight(program: ExportedProgram) -> dict[tuple, list[Node]]:
     """The linears still to pack, by the memory of their weights: a parameter may have two names."""
     uses: dict[tuple, list[Node]] = {}
     for node in calls(program, torch.ops.cuda_int4.linear.default):
-        _, *parts, _, group_size, tag, _ = args_of(node)
-        stored = node.meta.get(STORED_TAG, tag)
-        if stored == tag:
+        args = linear_args(node)
+        stored = node.meta.get(STORED_TAG, args.layout_tag)
+        if stored == args.layout_tag:
             node.meta.pop(STORED_TAG, None)  # only the activation was changed
             continue
-        tensors = [None if part is None else constant_tensor(program, part) for part in parts]
+        tensors = [None if part is None else constant_tensor(program, part) for part in args.weight]
         memory = tuple(None if t is None else (t.data_ptr(), t.shape, t.dtype) for t in tensors)
-        uses.setdefault((memory, group_size, stored, tag), []).append(node)
+        uses.setdefault((memory, args.group_size, stored, args.layout_tag), []).append(node)
     return uses
 
 
 def _pack(program: ExportedProgram, node: Node) -> tuple[Node | None, ...]:
-    _, qdata, scale, zero_point, _, _, group_size, tag, _ = args_of(node)
+    _, qdata, scale, zero_point, _, _, group_size, tag, _, _ = linear_args(node)
     if node.meta[STORED_TAG] != PLAIN or tag != COALESCED:
         raise NotImplementedError(
             f"{node.meta.get('weight_name', qdata.name)}: expected bytes in {PLAIN} to pack into "

@@ -131,15 +131,15 @@ Error DelegateMethod::check_linears() const {
     args.layout_tag = linear.layout_tag.c_str();
     args.activation = linear.activation.c_str();
     args.name = linear.name.c_str();
+    args.out_features = linear.N;
     const Status status = validate_linear_weight(args);
     // Parts that disagree are the caller's mistake in eager; here they are the file's.
     if (status.code == StatusCode::kInvalidArgument)
       return fail(Error::InvalidProgram, "%s", status.message);
     if (!status.ok()) return fail(status);
-    // Every layout so far keeps a row of qdata and of scale per output feature.
-    const int64_t n_scales =
-        int64_t(blob_.constants[size_t(linear.scale)].nbytes) / dtype_bytes(args.scale.dtype);
-    if (args.qdata.sizes[0] != linear.N || n_scales * linear.group_size != linear.N * linear.K)
+    int64_t N = 0, K = 0;
+    linear_weight_sizes(args, &N, &K);
+    if (N != linear.N || K != linear.K)
       return fail(Error::InvalidProgram,
                   "%s: expected parts of N=%" PRId64 " K=%" PRId64 " group_size=%" PRId64
                   ", found qdata %s and scale %s; the .pte is damaged, export it again",
@@ -191,7 +191,8 @@ Error DelegateMethod::check_nested(const Program& program) const {
       agrees =
           agrees || (call.scale == key(linear.scale) && call.zero_point == key(linear.zero_point) &&
                      call.meta == key(linear.meta) && call.group_size == linear.group_size &&
-                     call.layout_tag == linear.layout_tag && call.activation == linear.activation);
+                     call.layout_tag == linear.layout_tag && call.activation == linear.activation &&
+                     (call.out_features == 0 || call.out_features == linear.N));
     }
     if (same_weight == nullptr)
       return fail(Error::InvalidProgram,

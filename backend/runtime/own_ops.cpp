@@ -48,9 +48,13 @@ void finish(KernelRuntimeContext& context, Error error) {
   if (error != Error::Ok) context.fail(error);
 }
 
-// linear(x, qdata, scale, zero_point?, meta?, bias?, group_size, layout_tag, activation, *, out)
+// linear(x, qdata, scale, zero_point?, meta?, bias?, group_size, layout_tag, activation,
+//        out_features?, *, out)
 void linear_out(KernelRuntimeContext& context, Span<EValue*> stack) {
-  OpArguments a("linear.out", stack, 10);
+  // In files from before layouts that pad N, argument 9 is out.
+  const bool has_out_features = stack.size() < 10 || stack[9] == nullptr || !stack[9]->isTensor();
+  const size_t out = has_out_features ? 10 : 9;
+  OpArguments a("linear.out", stack, out + 1);
   LinearArgs args{};
   args.x = a.tensor(0);
   args.qdata = a.tensor(1);
@@ -61,10 +65,11 @@ void linear_out(KernelRuntimeContext& context, Span<EValue*> stack) {
   args.group_size = a.integer(6);
   args.layout_tag = a.string(7);
   args.activation = a.string(8);
+  if (has_out_features) args.out_features = a.integer_or(9, 0);
   // N is not the layout's to tell: out was planned as [..., N], validate_linear checks it.
-  const TensorView planned = a.tensor(9);
+  const TensorView planned = a.tensor(out);
   if (a.error() == Error::Ok && planned.ndim > 0)
-    args.y = a.out(9, args.x, planned.sizes[planned.ndim - 1]);
+    args.y = a.out(out, args.x, planned.sizes[planned.ndim - 1]);
   if (a.error() != Error::Ok) return context.fail(a.error());
   finish(context,
          run_op(context, args, &validate_linear, &linear_scratch_bytes, &linear, stack[0]));

@@ -321,7 +321,8 @@ Error program_linears(const void* data, std::vector<LinearCall>* out) {
         const Table call = instruction.table(1);
         const Table op(operators.offset(uint32_t(call.scalar<int32_t>(0, 0))));
         if (op.string(0) != "cuda_int4::linear") continue;
-        // linear(x, qdata, scale, zero_point?, meta?, bias?, group_size, layout_tag, activation, out)
+        // linear(x, qdata, scale, zero_point?, meta?, bias?, group_size, layout_tag, activation,
+        //        out_features?, out); files from before layouts that pad N have no out_features
         const Vector args = call.vector(1);
         if (args.size() < 10) return damaged();
         const auto value = [&](uint32_t k) {
@@ -348,6 +349,8 @@ Error program_linears(const void* data, std::vector<LinearCall>* out) {
         linear.group_size = value(6).table(ValueField::kValue).scalar<int64_t>(0, 0);
         linear.layout_tag = value(7).table(ValueField::kValue).string(0);
         linear.activation = value(8).table(ValueField::kValue).string(0);
+        linear.out_features =
+            type(9) == kInt ? value(9).table(ValueField::kValue).scalar<int64_t>(0, 0) : 0;
         out->push_back(linear);
       }
     }

@@ -32,6 +32,7 @@ struct LinearCall {
   std::string_view qdata, scale, zero_point, meta;
   int64_t group_size;
   std::string_view layout_tag, activation;
+  int64_t out_features;  // 0: not stated
 };
 
 /// `data` has passed Program::load with Verification::InternalConsistency; `what` names it in

@@ -10,7 +10,7 @@ using namespace cuda_int4;
 
 int main() {
   PRINT(TensorView, strides);
-  PRINT(LinearArgs, name);
+  PRINT(LinearArgs, out_features);
   PRINT(AttentionArgs, softcap);
   PRINT(RmsNormArgs, eps);
   PRINT(SiluArgs, y);

@@ -18,9 +18,9 @@ struct LinearJob {
   const void* scale;       // [N, n_groups] of scale_dtype
   const void* zero_point;  // [N, n_groups] of zero_point_dtype; nullptr: 8.0
   const void* bias;        // [N] of dtype; nullptr: 0
-  void* y;                 // [M, N] of dtype
+  void* y;                 // [M, N] of dtype, rows y_stride elements apart
   DType dtype, scale_dtype, zero_point_dtype;
-  int64_t M, N, K, group_size;
+  int64_t M, N, K, group_size, y_stride;
   bool int8_activation;
   void* scratch;  // 64-byte aligned: the activations as the kernel wants them
 };
@@ -33,6 +33,23 @@ struct LinearKernel {
   uint64_t (*scratch_bytes)(const LinearJob& job);  // for M = min(M, max_rows)
   void (*stage)(const LinearJob& job, int64_t m_begin, int64_t m_end);
   void (*run)(const LinearJob& job, int64_t unit_begin, int64_t unit_end);
+};
+
+// A weight in marlin.v1, or in marlin24.v1 where it has meta: ../marlin.h.
+struct MarlinJob {
+  const uint8_t* qdata;
+  const uint16_t* meta;    // nullptr: dense
+  const void* scale;       // [n_groups, Np] of scale_dtype
+  const void* zero_point;  // [n_groups, Np] of zero_point_dtype; nullptr: 8.0
+  DType scale_dtype, zero_point_dtype;
+  int64_t Np, K, group_size;
+};
+
+// 64 rows of such a weight as coalesced.v1 has them.
+struct MarlinTile {
+  uint8_t* codes;    // [64, K/2]
+  void* scale;       // [64, n_groups]
+  void* zero_point;  // [64, n_groups]; not written where the weight has none
 };
 
 constexpr int64_t kMaxHeadDim = 512;   // bounds the stack buffers of attention
@@ -72,6 +89,8 @@ struct SiluJob {
 struct CpuKernels {
   const char* isa;
   const LinearKernel* (*choose_linear)(const LinearJob& job);
+  // Rows 64 * tile .. + 63, padding included.
+  void (*unpack_marlin)(const MarlinJob& job, int64_t tile, const MarlinTile& to);
   // One item: up to kAttentionRows rows of one (b, hkv); items are numbered b, hkv, block of rows.
   void (*attention)(const AttentionJob& job, int64_t item_begin, int64_t item_end);
   void (*rms_norm)(const RmsNormJob& job, int64_t row_begin, int64_t row_end);

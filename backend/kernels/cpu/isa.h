@@ -15,14 +15,18 @@ const CpuKernels& best_kernels();
 const CpuKernels* kernels_for_isa(const char* isa);
 
 // The ops on stated kernels. Arguments have passed the validators.
-Status linear_on(const CpuKernels& kernels, const LinearArgs& args,
-                 const ExecutionContext& context);
+Status linear_coalesced_on(const CpuKernels& kernels, const LinearArgs& args,
+                           const ExecutionContext& context);
+// marlin.v1 and marlin24.v1.
+Status linear_marlin_on(const CpuKernels& kernels, const LinearArgs& args,
+                        const ExecutionContext& context);
 Status attention_on(const CpuKernels& kernels, const AttentionArgs& args,
                     const ExecutionContext& context);
 Status rms_norm_on(const CpuKernels& kernels, const RmsNormArgs& args,
                    const ExecutionContext& context);
 Status silu_on(const CpuKernels& kernels, const SiluArgs& args, const ExecutionContext& context);
-uint64_t linear_scratch_bytes_on(const CpuKernels& kernels, const LinearArgs& args);
+uint64_t linear_coalesced_scratch_bytes_on(const CpuKernels& kernels, const LinearArgs& args);
+uint64_t linear_marlin_scratch_bytes_on(const CpuKernels& kernels, const LinearArgs& args);
 
 }  // namespace cpu
 }  // namespace cuda_int4

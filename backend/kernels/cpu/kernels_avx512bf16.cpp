@@ -35,8 +35,8 @@ void silu_avx512(const SiluJob& job, int64_t begin, int64_t end) {
 
 }  // namespace
 
-const CpuKernels kAvx512Bf16Kernels = {"avx512bf16", choose_linear_bf16, attention_avx512,
-                                       rms_norm_avx512, silu_avx512};
+const CpuKernels kAvx512Bf16Kernels = {"avx512bf16",     choose_linear_bf16, unpack_marlin,
+                                       attention_avx512, rms_norm_avx512,    silu_avx512};
 
 }  // namespace cpu
 }  // namespace cuda_int4

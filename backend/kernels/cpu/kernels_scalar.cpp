@@ -8,6 +8,7 @@
 #include "cpu_kernels.h"
 #include "rowwise.h"
 #include "simd_scalar.h"
+#include "unpack_marlin.h"
 
 namespace cuda_int4 {
 namespace cpu {
@@ -87,7 +88,7 @@ void linear_scalar(const LinearJob& job, int64_t n_begin, int64_t n_end) {
     for (int64_t m = 0; m < job.M; ++m) {
       double y = job.int8_activation ? dot_w4a8(job, m, n) : dot_w4a16(job, m, n);
       if (job.bias != nullptr) y += element(job.bias, job.dtype, n);
-      set_element(job.y, job.dtype, m * job.N + n, static_cast<float>(y));
+      set_element(job.y, job.dtype, m * job.y_stride + n, static_cast<float>(y));
     }
   }
 }
@@ -99,8 +100,9 @@ const LinearKernel* choose_linear(const LinearJob&) { return &kLinearScalar; }
 
 }  // namespace
 
-const CpuKernels kScalarKernels = {"scalar", choose_linear, attention<ScalarSimd>,
-                                   rms_norm<ScalarSimd>, silu<ScalarSimd>};
+const CpuKernels kScalarKernels = {
+    "scalar",        choose_linear, unpack_marlin, attention<ScalarSimd>, rms_norm<ScalarSimd>,
+    silu<ScalarSimd>};
 
 }  // namespace cpu
 }  // namespace cuda_int4

@@ -33,7 +33,7 @@ static inline void store_y(const LinearJob& job, int64_t m, int64_t n, float val
   with_type(job.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     if (job.bias != nullptr) value += to_float(static_cast<const T*>(job.bias)[n]);
-    from_float(value, static_cast<T*>(job.y) + m * job.N + n);
+    from_float(value, static_cast<T*>(job.y) + m * job.y_stride + n);
   });
 }
 
@@ -46,7 +46,7 @@ static inline void store_y_vector(const LinearJob& job, int64_t m, int64_t n, in
     if (job.bias != nullptr) {
       value = S::add(value, load_partial<S>(static_cast<const T*>(job.bias) + n, count));
     }
-    store_partial<S>(static_cast<T*>(job.y) + m * job.N + n, value, count);
+    store_partial<S>(static_cast<T*>(job.y) + m * job.y_stride + n, value, count);
   });
 }
 

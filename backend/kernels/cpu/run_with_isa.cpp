@@ -28,13 +28,18 @@ Status run(const char* op, const void* args, const CpuKernels& kernels) {
   if (strcmp(op, "linear") == 0) {
     const LinearArgs& linear_args = *static_cast<const LinearArgs*>(args);
     CUDA_INT4_RETURN_IF_ERROR(validate_linear(linear_args));
-    const uint64_t needed_bytes = linear_scratch_bytes_on(kernels, linear_args);
+    const bool is_coalesced = strcmp(linear_args.layout_tag, "coalesced.v1") == 0;
+    const uint64_t needed_bytes = is_coalesced
+                                      ? linear_coalesced_scratch_bytes_on(kernels, linear_args)
+                                      : linear_marlin_scratch_bytes_on(kernels, linear_args);
     const std::unique_ptr<void, void (*)(void*)> scratch(
         aligned_alloc(64, (needed_bytes + (needed_bytes == 0) + 63) / 64 * 64), free);
     if (scratch == nullptr) return error(StatusCode::kOutOfMemory, "run_with_isa: out of memory");
     context.scratch = scratch.get();
     context.scratch_bytes = needed_bytes;
-    return linear_args.y.nbytes == 0 ? Status{} : linear_on(kernels, linear_args, context);
+    if (linear_args.y.nbytes == 0) return {};
+    return is_coalesced ? linear_coalesced_on(kernels, linear_args, context)
+                        : linear_marlin_on(kernels, linear_args, context);
   }
   if (strcmp(op, "linear_weight") == 0) {
     return validate_linear_weight(*static_cast<const LinearArgs*>(args));

@@ -8,6 +8,7 @@
 #include "matvec_w4a16.h"
 #include "matvec_w4a8.h"
 #include "rowwise.h"
+#include "unpack_marlin.h"
 
 namespace cuda_int4 {
 namespace cpu {
@@ -31,7 +32,7 @@ static const LinearKernel* choose_linear(const LinearJob& job) {
 
 template <class S>
 constexpr CpuKernels vector_kernels(const char* isa) {
-  return {isa, choose_linear<S>, attention<S>, rms_norm<S>, silu<S>};
+  return {isa, choose_linear<S>, unpack_marlin, attention<S>, rms_norm<S>, silu<S>};
 }
 
 }  // namespace cpu
