@@ -17,7 +17,7 @@
 //           partial sums, in the order of k. It only ever waits for blocks of lower index.
 // Block     2 or 4 consumer warpgroups (wgmma, weights from registers) and one producer warpgroup: one
 //           thread feeds a ring of stages (codes and x, by the copy engine), three warps stage the
-//           scales and, up to 64 rows of x, permute x in shared memory
+//           scales and, up to 32 rows of x, permute x in shared memory
 // Bytes     reads qdata and scales once per kTokens rows of x, x once per kRows weight rows (L2);
 //           bound by memory and by decoding up to M = 64, by the tensor cores above
 // Numerics  weights rounded once to the dtype of x (w4a16_fragments.cuh), scales of another dtype once
@@ -33,6 +33,7 @@
 #include "numeric.cuh"
 #include "ptx.cuh"
 #include "w4a16_fragments.cuh"
+#include "wgmma_tiles.cuh"
 
 #pragma nv_diag_suppress 177  // below sm_90a the kernel is empty, and what it calls unused
 
@@ -44,14 +45,6 @@ constexpr int kChunkK = 32;        // codes of a row in 16 bytes
 constexpr int kUnitK = 64;         // k of one 128-byte row of x in shared memory
 constexpr int kGroups = 4;         // of a weight row, staged together
 constexpr int kScaleThreads = 96;  // producers that stage scales and permute x
-constexpr int kFlagBytes = 8192;
-constexpr int kMaxBlocks = kFlagBytes / 8;
-constexpr int kSharedLimit = 227 * 1024;
-// What a block writes to its flag when its partial sums are there. Scratch is not cleared: these are 64
-// bits that nothing writes by accident, and who waits for them puts 0 in their place, so that the next
-// launch does not find them. A kernel that clears flags first costs 0.4 to 1.1 us a call.
-constexpr uint64_t kPublished = 0xB5297A4D3F84D5E7u;
-
 // kWarpgroups of consumers with 64 weight rows each; kTokens rows of x; kStageK per stage of the ring.
 // kPermuted: each lane decodes 16 bytes of codes of its own, and the producers permute x in shared memory
 // to match. Else the four lanes of a row read the same 16 bytes, and each takes its bytes of them: a
@@ -69,9 +62,14 @@ struct Config {
   static constexpr int kQBytes = kRows * kQRowBytes;
   static constexpr int kStagedTokens = kWarpgroups == 4 || kTokens == 32 ? 32 : 64;
   static constexpr int kStagingBytes = kWarpgroups * kStagedTokens * 128;
-  // Of 61440 or 64512 in all, as launched with 96 or 168 a thread: more than that would hang.
-  static constexpr int kConsumerRegisters = kWarpgroups == 4 ? 104 : 224;
-  static constexpr int kProducerRegisters = kWarpgroups == 4 ? 64 : 56;
+  // Of 61440 or 64512 in all, as launched with 96 or 168 a thread: more than that would hang. Fewer for
+  // producers, and the scales that they fetch ahead are spilled, that is, waited for.
+  static constexpr int kConsumerRegisters = kWarpgroups == 2 ? (kTokens > 64 ? 224 : 216)
+                                            : kPermuted      ? 96
+                                                             : 104;
+  static constexpr int kProducerRegisters = kWarpgroups == 2 ? (kTokens > 64 ? 56 : 72)
+                                            : kPermuted      ? 96
+                                                             : 64;
 };
 
 struct Params {
@@ -82,81 +80,13 @@ struct Params {
   float* partials;
   uint64_t* flags;
   DType scale_dtype, zero_point_dtype;
+  TilePlan plan;
   int M, N, n_groups;
-  int tiles_m, n_tiles, stages_per_tile;
-  int whole_waves;  // of tiles that one block computes alone; the rest is cut into equal ranges
   int n_ring;
   int stages_per_scales, scales_mask;  // stages of kGroups groups, a power of 2, and that minus 1;
                                        // both INT32_MAX if a row is one group
   int chunks_per_group_log2;           // 31 if a row is one group
 };
-
-// The pieces of work of one block, in order: whole tiles, then its range of the rest from the end.
-struct Schedule {
-  int wave = 0, waves, block, grid, stages;
-  int64_t first_tile, begin, cursor;
-
-  __device__ __forceinline__ explicit Schedule(const Params& p)
-      : waves(p.whole_waves), block(blockIdx.x), grid(gridDim.x), stages(p.stages_per_tile) {
-    first_tile = int64_t{waves} * grid;
-    units = (p.n_tiles - first_tile) * stages;
-    begin = begin_of(block);
-    cursor = begin_of(block + 1);
-  }
-  int64_t units;
-  __device__ __forceinline__ int64_t begin_of(int b) const { return units * b / grid; }
-
-  // Stages [k_begin, k_end) of `tile`.
-  int tile, k_begin, k_end;
-  __device__ __forceinline__ bool next() {
-    if (wave < waves) {
-      tile = wave++ * grid + block;
-      k_begin = 0;
-      k_end = stages;
-      return true;
-    }
-    if (cursor <= begin) return false;
-    const int64_t rest_tile = (cursor - 1) / stages, start = rest_tile * stages;
-    tile = static_cast<int>(first_tile + rest_tile);
-    k_end = static_cast<int>(cursor - start);
-    k_begin = begin > start ? static_cast<int>(begin - start) : 0;
-    cursor = start + k_begin;
-    return true;
-  }
-};
-
-__device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
-  while (!mbarrier_try_wait(barrier, parity)) {
-  }
-}
-
-// Matrix descriptor of the B operand: rows of 128 bytes, 128-byte swizzle, 8 rows 1024 bytes apart. The
-// high word is the same for all.
-constexpr uint32_t kDescriptorHigh = (1u << 30) | (1024 >> 4);
-__device__ __forceinline__ uint32_t descriptor_of(uint32_t shared) {
-  return (1u << 16) | ((shared & 0x3FFFF) >> 4);
-}
-__device__ __forceinline__ uint64_t whole_descriptor(uint32_t low) {
-  return (uint64_t{kDescriptorHigh} << 32) | low;
-}
-
-// The instruction of each width, by number.
-template <int kTokens>
-struct Wgmma;
-#define CUDA_INT4_WGMMA(n)                                                                \
-  template <>                                                                             \
-  struct Wgmma<n> {                                                                       \
-    template <typename T>                                                                 \
-    static __device__ __forceinline__ void run(float (&d)[n / 2], const uint32_t (&a)[4], \
-                                               uint32_t b) {                              \
-      wgmma_m64n##n##k16(d, a, whole_descriptor(b), T());                                 \
-    }                                                                                     \
-  };
-CUDA_INT4_WGMMA(32)
-CUDA_INT4_WGMMA(64)
-CUDA_INT4_WGMMA(128)
-CUDA_INT4_WGMMA(256)
-#undef CUDA_INT4_WGMMA
 
 // Rows of 128, 64 or 32 bytes as the copy engine swizzles them: the 16-byte column of a row is xored
 // with this.
@@ -291,7 +221,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     fence_mbarrier_init();
   }
   __syncthreads();
-  Schedule work(p);
+  Schedule work(p.plan);
   int slot = 0;
   uint32_t phase = 0;
   auto advance = [&] {
@@ -302,16 +232,16 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   };
 
   if (warpgroup == C::kWarpgroups) {  // ---- producers ----
-    setmaxnreg_dec<C::kProducerRegisters>();
+    if constexpr (C::kProducerRegisters != 96) setmaxnreg_dec<C::kProducerRegisters>();
     if (warp == 0) {
       if (lane == 0) {
         prefetch_tensormap(&x_map);
         prefetch_tensormap(&q_map);
         while (work.next()) {
-          const int m0 = work.tile % p.tiles_m * C::kTokens;
-          const int n0 = work.tile / p.tiles_m * C::kRows;
+          const int m0 = work.tile % p.plan.tiles_m * C::kTokens;
+          const int n0 = work.tile / p.plan.tiles_m * C::kRows;
           for (int stage = work.k_begin; stage < work.k_end; ++stage) {
-            wait(empty + 8 * slot, phase ^ 1);
+            spin_until(empty + 8 * slot, phase ^ 1);
             const uint32_t barrier = full + 8 * slot, at = ring_address + slot * kStageBytes;
             mbarrier_arrive_expect_tx(barrier, C::kXBytes + C::kQBytes);
             cp_async_bulk_tensor_2d(at + C::kXBytes, &q_map, stage * C::kQRowBytes, n0, barrier);
@@ -344,7 +274,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
         }
       };
       auto publish = [&] {
-        wait(scales_empty + 8 * scale_slot, scale_phase ^ 1);
+        spin_until(scales_empty + 8 * scale_slot, scale_phase ^ 1);
         uint8_t* to = scales + scale_slot * kScaleBlockBytes + my_row * kScaleRowBytes +
                       my_group * kScaleBytes;
 #pragma unroll
@@ -362,7 +292,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
         scale_phase ^= scale_slot ^ 1;
       };
       while (work.next()) {
-        const int n0 = work.tile / p.tiles_m * C::kRows;
+        const int n0 = work.tile / p.plan.tiles_m * C::kRows;
         int block = work.k_begin / p.stages_per_scales;
         const int last = (work.k_end - 1) / p.stages_per_scales;
         fetch(n0, block);
@@ -378,7 +308,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
               publish();
               if (++block <= last) fetch(n0, block);
             }
-            wait(full + 8 * slot, phase);
+            spin_until(full + 8 * slot, phase);
             for (int i = warp - 1; i < C::kTokens / 8; i += kScaleThreads / 32) {
               permute_tokens(ring + slot * kStageBytes + i * 8 * 128, C::kTokens * 128, lane);
             }
@@ -394,7 +324,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   }
 
   // ---- consumers ----
-  setmaxnreg_inc<C::kConsumerRegisters>();
+  if constexpr (C::kConsumerRegisters != 96) setmaxnreg_inc<C::kConsumerRegisters>();
   if (threadIdx.x == 0) p.flags[blockIdx.x] = 0;  // scratch may never have been written
   constexpr int kSlices = 2;                      // of 16 k, between two commits
   constexpr int kSteps = C::kStageK / 16 / kSlices;
@@ -436,15 +366,15 @@ __global__ void __launch_bounds__(C::kThreads, 1)
       has_scales = true;
       scale_slot ^= 1;
       scale_phase ^= scale_slot ^ 1;
-      wait(scales_full + 8 * scale_slot, scale_phase);
+      spin_until(scales_full + 8 * scale_slot, scale_phase);
     }
-    wait(full + 8 * slot, phase);
-    if (C::kPermuted) wait(permuted + 8 * slot, phase);
+    spin_until(full + 8 * slot, phase);
+    if (C::kPermuted) spin_until(permuted + 8 * slot, phase);
   };
 
   while (work.next()) {
-    const int m0 = work.tile % p.tiles_m * C::kTokens;
-    const int n0 = work.tile / p.tiles_m * C::kRows;
+    const int m0 = work.tile % p.plan.tiles_m * C::kTokens;
+    const int n0 = work.tile / p.plan.tiles_m * C::kRows;
 #pragma unroll
     for (int i = 0; i < C::kSums; ++i) sum[i] = 0.f;
     wait_stage(work.k_begin, true);
@@ -496,44 +426,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     wgmma_wait_group<0>();
     if (lane == 0) mbarrier_arrive(empty + 8 * previous);
 
-    const int consumer = threadIdx.x;
-    constexpr int kQuads = C::kSums / 4;
-    if (work.k_end < work.stages) {  // the block with the last stage of this tile adds this up
-      float4* partial = reinterpret_cast<float4*>(p.partials) +
-                        int64_t{blockIdx.x} * kQuads * C::kConsumers + consumer;
-#pragma unroll
-      for (int i = 0; i < kQuads; ++i) {
-        const float* s = sum + 4 * i;
-        __stcg(partial + i * C::kConsumers, make_float4(s[0], s[1], s[2], s[3]));
-      }
-      bar_sync(1, C::kConsumers);
-      if (consumer == 0) st_release_gpu(p.flags + blockIdx.x, kPublished);
-      continue;
-    }
-    if (work.k_begin > 0) {
-      const int64_t start = (work.tile - work.first_tile) * work.stages;
-      int first = work.block - 1;  // of the blocks that hold the rest
-      while (work.begin_of(first) > start) --first;
-      for (int b = first + consumer; b < work.block; b += C::kConsumers) {
-        while (ld_acquire_gpu(p.flags + b) != kPublished) {
-        }
-        p.flags[b] = 0;  // as it must be when the next launch begins
-      }
-      bar_sync(1, C::kConsumers);
-      for (int b = work.block - 1; b >= first; --b) {
-        const float4* partial = reinterpret_cast<const float4*>(p.partials) +
-                                int64_t{b} * kQuads * C::kConsumers + consumer;
-#pragma unroll
-        for (int i = 0; i < kQuads; ++i) {
-          const float4 v = __ldcg(partial + i * C::kConsumers);
-          float* s = sum + 4 * i;
-          s[0] += v.x;
-          s[1] += v.y;
-          s[2] += v.z;
-          s[3] += v.w;
-        }
-      }
-    }
+    if (!add_partial_sums<C::kConsumers>(work, p.partials, p.flags, threadIdx.x, sum)) continue;
 
     // y: 64 rows x kStagedTokens at a time, transposed through shared memory.
     uint8_t* out = staging + warpgroup * C::kStagedTokens * 128;
@@ -593,83 +486,16 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 #endif
 }
 
-using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*,
-                                 const cuuint64_t*, const cuuint64_t*, const cuuint32_t*,
-                                 const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
-                                 CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
-// The driver's function, found at run time so that nothing links libcuda.
-EncodeTiled encode_tiled() {
-  static const EncodeTiled function = [] {
-    void* found = nullptr;
-    cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
-    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found,
-                                                               12000, cudaEnableDefault, &result);
-    if (error != cudaSuccess || result != cudaDriverEntryPointSuccess) found = nullptr;
-    return reinterpret_cast<EncodeTiled>(found);
-  }();
-  return function;
-}
-
-// A row-major matrix [rows, row_bytes] in boxes of box_rows x box_bytes.
-bool encode_matrix(CUtensorMap* map, const void* data, CUtensorMapDataType type, int element_bytes,
-                   int64_t rows, int64_t row_bytes, int box_rows, int box_bytes) {
-  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(row_bytes / element_bytes),
-                               static_cast<cuuint64_t>(rows)};
-  const cuuint64_t pitch[1] = {static_cast<cuuint64_t>(row_bytes)};
-  const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_bytes / element_bytes),
-                             static_cast<cuuint32_t>(box_rows)};
-  const cuuint32_t strides[2] = {1, 1};
-  const CUtensorMapSwizzle swizzle = box_bytes == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
-                                     : box_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
-                                                       : CU_TENSOR_MAP_SWIZZLE_32B;
-  return encode_tiled()(map, type, 2, const_cast<void*>(data), sizes, pitch, box, strides,
-                        CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
-
-int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
-
-struct Plan {
-  int tiles_m, n_tiles, stages_per_tile;
-  int grid, whole_waves;
-
-  uint64_t n_cut_tiles() const { return n_tiles - uint64_t(whole_waves) * grid; }
-};
-
 template <typename C>
-Plan plan_of(const MatmulW4A16Args& args, int n_multiprocessors) {
-  Plan plan = {};
-  plan.tiles_m = ceil_div(args.M, C::kTokens);
-  plan.n_tiles = plan.tiles_m * ceil_div(args.N, C::kRows);
-  plan.stages_per_tile = ceil_div(args.K, C::kStageK);
-  plan.grid = std::min(n_multiprocessors, kMaxBlocks);
-  plan.whole_waves = plan.n_tiles / plan.grid;
-  if (plan.whole_waves == 0) {
-    // Few tiles: the same number of blocks to each, if that keeps nine in ten multiprocessors busy.
-    const int blocks_per_tile = std::min(plan.grid / plan.n_tiles, plan.stages_per_tile);
-    const int blocks = plan.n_tiles * blocks_per_tile;
-    if (10 * blocks >= 9 * plan.grid || blocks_per_tile == plan.stages_per_tile) plan.grid = blocks;
-    if (plan.grid == plan.n_tiles) plan.whole_waves = 1;
-  } else if (plan.n_tiles % plan.grid != 0) {
-    --plan.whole_waves;  // the last whole wave and the rest are cut together
-  }
-  return plan;
-}
-
-template <typename C>
-uint64_t scratch_bytes_of(const MatmulW4A16Args& args, int n_multiprocessors) {
-  const Plan plan = plan_of<C>(args, n_multiprocessors);
-  return kFlagBytes + (plan.n_cut_tiles() == 0
-                           ? 0
-                           : uint64_t(plan.grid) * C::kRows * C::kTokens * sizeof(float));
+TilePlan plan_of(const MatmulW4A16Args& args, int n_multiprocessors) {
+  return plan_tiles(args.M, args.N, args.K, C::kTokens, C::kRows, C::kStageK, n_multiprocessors);
 }
 
 template <typename T, typename C, bool kHasZero>
 cudaError_t launch_config(const MatmulW4A16Args& args, void* scratch, int n_multiprocessors,
                           cudaStream_t stream) {
-  const Plan plan = plan_of<C>(args, n_multiprocessors);
   Params p = {};
+  p.plan = plan_of<C>(args, n_multiprocessors);
   p.scale = args.scale;
   p.zero_point = args.zero_point;
   p.bias = args.bias;
@@ -681,10 +507,6 @@ cudaError_t launch_config(const MatmulW4A16Args& args, void* scratch, int n_mult
   p.M = static_cast<int>(args.M);
   p.N = static_cast<int>(args.N);
   p.n_groups = static_cast<int>(args.K / args.group_size);
-  p.tiles_m = plan.tiles_m;
-  p.n_tiles = plan.n_tiles;
-  p.stages_per_tile = plan.stages_per_tile;
-  p.whole_waves = plan.whole_waves;
   const int group_size = static_cast<int>(args.group_size);
   p.stages_per_scales = p.scales_mask = INT32_MAX;
   p.chunks_per_group_log2 = 31;
@@ -701,18 +523,18 @@ cudaError_t launch_config(const MatmulW4A16Args& args, void* scratch, int n_mult
   const int shared = kOtherBytes + p.n_ring * kStageBytes;
 
   CUtensorMap x_map, q_map;
-  const CUtensorMapDataType type = args.dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                                                 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  if (!encode_matrix(&x_map, args.x, type, 2, args.M, args.K * 2, C::kTokens, 128) ||
+  constexpr CUtensorMapSwizzle kQSwizzle =
+      C::kQRowBytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_32B;
+  if (!encode_tokens(&x_map, args.x, args.dtype, args.M, args.K, C::kTokens) ||
       !encode_matrix(&q_map, args.qdata, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, args.N, args.K / 2,
-                     C::kRows, C::kQRowBytes)) {
+                     C::kRows, C::kQRowBytes, kQSwizzle)) {
     return cudaErrorInvalidValue;
   }
   const auto kernel = matmul_w4a16_wgmma_kernel<T, C, kHasZero>;
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   if (error != cudaSuccess) return error;
-  kernel<<<plan.grid, C::kThreads, shared, stream>>>(x_map, q_map, p);
+  kernel<<<p.plan.grid, C::kThreads, shared, stream>>>(x_map, q_map, p);
   return cudaGetLastError();
 }
 
@@ -720,13 +542,14 @@ cudaError_t launch_config(const MatmulW4A16Args& args, void* scratch, int n_mult
 template <typename F>
 auto with_config(const MatmulW4A16Args& args, F f) {
   const bool is_wide = args.N >= 8192;
-  // So many scales and zero points keep the producers busy: they shall not permute x as well.
-  const bool has_many_scales = args.group_size == 32 && args.zero_point != nullptr;
-  if (args.M <= 32 && !has_many_scales) {
-    return is_wide ? f(Config<4, 32, 128, true>()) : f(Config<2, 32, 128, true>());
+  if (args.M <= 32 && is_wide) {
+    // With more scales than that to stage, the producers have no time to permute x as well.
+    const bool has_few_scales = args.group_size >= 128 && args.zero_point == nullptr;
+    return has_few_scales ? f(Config<4, 32, 128, true>()) : f(Config<4, 32, 128, false>());
   }
-  if (args.M <= 64 && !has_many_scales) {
-    return is_wide ? f(Config<4, 64, 128, true>()) : f(Config<2, 64, 128, true>());
+  if (args.M <= 32) return f(Config<2, 32, 128, false>());
+  if (args.M <= 64) {
+    return is_wide ? f(Config<4, 64, 128, false>()) : f(Config<2, 64, 128, false>());
   }
   // A row of x costs a tenth more in tiles of 128, which waste fewer of them.
   const int64_t tokens_128 = (args.M + 127) / 128 * 128, tokens_256 = (args.M + 255) / 256 * 256;
@@ -742,9 +565,12 @@ cudaError_t launch(const MatmulW4A16Args& args, void* scratch, int n_multiproces
                    cudaStream_t stream) {
   return with_config(args, [&](auto config) {
     using C = decltype(config);
-    return args.zero_point == nullptr
-               ? launch_config<T, C, false>(args, scratch, n_multiprocessors, stream)
-               : launch_config<T, C, true>(args, scratch, n_multiprocessors, stream);
+    if constexpr (!C::kPermuted) {  // which is never chosen for weights with zero points
+      if (args.zero_point != nullptr) {
+        return launch_config<T, C, true>(args, scratch, n_multiprocessors, stream);
+      }
+    }
+    return launch_config<T, C, false>(args, scratch, n_multiprocessors, stream);
   });
 }
 
@@ -758,7 +584,8 @@ bool can_matmul_w4a16_wgmma(const MatmulW4A16Args& args) {
 
 uint64_t matmul_w4a16_wgmma_scratch_bytes(const MatmulW4A16Args& args, int n_multiprocessors) {
   return with_config(args, [&](auto config) {
-    return scratch_bytes_of<decltype(config)>(args, n_multiprocessors);
+    using C = decltype(config);
+    return tile_scratch_bytes(plan_of<C>(args, n_multiprocessors), C::kTokens, C::kRows);
   });
 }
 
