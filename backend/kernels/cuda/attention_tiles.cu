@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(Shape::kThreads)
   const T* v = static_cast<const T*>(p.v) + b * p.v_strides[0] + h_kv * p.v_strides[1];
   const uint32_t queries = shared_address(shared);
   const uint32_t tiles = queries + Shape::kBlockRows * Shape::kPitch * 2;
-  const SeenTiles<Shape> seen_tiles(p, words, b, h, row_begin);
+  const SeenTiles<Shape> seen_tiles(p, words, b, h, row_begin, shared + Shape::kSharedBytes);
 
   const auto load_keys_and_values = [&](const SeenTile<kKeys>& tile, int buffer) {
     const int64_t t0 = int64_t{tile.index} * kKeys;
@@ -270,12 +270,12 @@ __global__ void __launch_bounds__(Shape::kThreads)
 template <typename T, typename Shape>
 cudaError_t launch(const AttentionKernelArgs& args, const MaskWords& words, cudaStream_t stream) {
   const auto kernel = attention_tiles_kernel<T, Shape>;
-  const cudaError_t code = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                Shape::kSharedBytes);
+  const int shared_bytes = Shape::kSharedBytes + static_cast<int>(tile_flag_bytes<Shape>(args));
+  const cudaError_t code =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (code != cudaSuccess) return code;
   const int64_t n_blocks = ceil_div(args.S, Shape::kBlockRows) * args.B * args.Hq;
-  kernel<<<static_cast<unsigned>(n_blocks), Shape::kThreads, Shape::kSharedBytes, stream>>>(args,
-                                                                                            words);
+  kernel<<<static_cast<unsigned>(n_blocks), Shape::kThreads, shared_bytes, stream>>>(args, words);
   return cudaGetLastError();
 }
 
@@ -323,7 +323,12 @@ bool fits_attention_tiles(const AttentionKernelArgs& args) {
   const int most_shared = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   return is_tensor_core_ready(args) && args.S < kMaxBlocks && args.T < kMaxBlocks &&
          ceil_div(args.S, kSummaryRows) <= kMaxGridYZ && args.B * args.Hq <= kMaxGridYZ &&
-         with_shape(args, [&](auto shape) { return decltype(shape)::kSharedBytes <= most_shared; });
+         with_shape(
+             args,
+             [&](auto shape) {
+               using Shape = decltype(shape);
+               return Shape::kSharedBytes + tile_flag_bytes<Shape>(args) <= most_shared;
+             });
 }
 
 uint64_t attention_tiles_scratch_bytes(const AttentionKernelArgs& args) {

@@ -58,21 +58,33 @@ __device__ __forceinline__ uint32_t bits_before(int begin, int end) {
   return end <= begin ? 0 : end - begin >= 32 ? 0xffffffffu : 0xffffffffu >> (32 - (end - begin));
 }
 
+// Shared memory for SeenTiles: a byte for each tile of keys, if there is a mask.
+template <typename Shape>
+int64_t tile_flag_bytes(const AttentionKernelArgs& args) {
+  return args.mask == nullptr ? 0 : ceil_div(args.T, Shape::kKeys);
+}
+
 // What rows [row_begin, row_begin + kBlockRows) of one head see; rows past S count as seeing all.
 template <typename Shape>
 struct SeenTiles {
-  using Tile = SeenTile<Shape::kKeys>;
+  static constexpr int kTileWords = Shape::kKeys / 32;
+  // Of a tile: some row sees some key, each key is seen by some row, each by each row, and the mask
+  // adds something to some score.
+  static constexpr uint8_t kSome = 1, kEach = 2, kAll = 4, kAdds = 8;
 
   const uint32_t* bits;  // of row 0 of the head; nullptr: causality and T alone decide
   const WordSummary* summaries;
+  uint8_t* flags;  // shared memory, [n_tiles]; unused without bits
   int n_words, n_s, n_tiles, row_begin, T;
   int end;  // of the keys that the last row may see
   bool is_causal;
 
+  // All threads of the block together; without a mask nothing is read.
   __device__ SeenTiles(const AttentionKernelArgs& p, const MaskWords& words, int b, int h,
-                       int row_begin)
+                       int row_begin, char* flags)
       : bits(nullptr),
         summaries(nullptr),
+        flags(reinterpret_cast<uint8_t*>(flags)),
         n_words(words.n_words),
         n_s(words.n_s),
         row_begin(row_begin),
@@ -85,44 +97,83 @@ struct SeenTiles {
     const int64_t head = int64_t{words.n_b == 1 ? 0 : b} * words.n_h + (words.n_h == 1 ? 0 : h);
     bits = words.bits + head * n_s * n_words;
     summaries = words.summaries + head * ((n_s + kSummaryRows - 1) / kSummaryRows) * n_words;
-  }
-
-  __device__ __forceinline__ uint32_t row_word(int row, int word) const {
-    if (bits == nullptr) return bits_before(word * 32, is_causal ? min(row + 1, T) : T);
-    return bits[static_cast<int64_t>(n_s == 1 ? 0 : min(row, n_s - 1)) * n_words + word];
-  }
-
-  __device__ Tile next(int index) const {
-    Tile tile = {};
-    tile.all = true;
-    for (; index < n_tiles; ++index) {
-      uint32_t some = 0;
-      tile.all = true;
-      tile.adds = false;
+    for (int index = threadIdx.x; index < n_tiles; index += Shape::kThreads) {
+      uint32_t some = 0, each = 0xffffffffu, all = 0xffffffffu, adds = 0;
 #pragma unroll
-      for (int i = 0; i < Shape::kKeys / 32; ++i) {
-        const int word = index * (Shape::kKeys / 32) + i;
-        tile.any[i] = 0;
-        if (bits == nullptr) {
-          const int first_end = is_causal ? min(row_begin + 1, T) : T;  // of the first row's keys
-          tile.any[i] = bits_before(word * 32, end);
-          tile.all = tile.all && bits_before(word * 32, first_end) == 0xffffffffu;
-        } else {
-#pragma unroll
-          for (int r = 0; r < Shape::kBlockRows / kSummaryRows; ++r) {
-            const int rows = n_s == 1 ? 0 : row_begin / kSummaryRows + r;
-            if (rows * kSummaryRows >= n_s) continue;
-            const WordSummary summary = summaries[static_cast<int64_t>(rows) * n_words + word];
-            tile.any[i] |= summary.any;
-            tile.all = tile.all && summary.all == 0xffffffffu;
-            tile.adds = tile.adds || summary.adds != 0;
-          }
-        }
-        some |= tile.any[i];
+      for (int i = 0; i < kTileWords; ++i) {
+        const WordSummary summary = summarize(index * kTileWords + i);
+        some |= summary.any;
+        each &= summary.any;
+        all &= summary.all;
+        adds |= summary.adds;
       }
-      if (some != 0) break;
+      this->flags[index] =
+          static_cast<uint8_t>((some != 0 ? kSome : 0) | (each == 0xffffffffu ? kEach : 0) |
+                               (all == 0xffffffffu ? kAll : 0) | (adds != 0 ? kAdds : 0));
     }
+    __syncthreads();
+  }
+
+  // A word of keys, over all rows of the block.
+  __device__ __forceinline__ WordSummary summarize(int word) const {
+    WordSummary sum = {0, 0xffffffffu, 0, 0};
+#pragma unroll
+    for (int r = 0; r < Shape::kBlockRows / kSummaryRows; ++r) {
+      const int rows = n_s == 1 ? 0 : row_begin / kSummaryRows + r;
+      if (rows * kSummaryRows >= n_s) continue;
+      const WordSummary summary = summaries[static_cast<int64_t>(rows) * n_words + word];
+      sum.any |= summary.any;
+      sum.all &= summary.all;
+      sum.adds |= summary.adds;
+    }
+    return sum;
+  }
+
+  // Which keys of tile `index` a row sees.
+  __device__ __forceinline__ Elems<uint32_t, kTileWords> row_words(int row, int index) const {
+    if (bits != nullptr) {
+      const uint32_t* own = bits + static_cast<int64_t>(n_s == 1 ? 0 : min(row, n_s - 1)) * n_words;
+      return reinterpret_cast<const Elems<uint32_t, kTileWords>*>(own)[index];
+    }
+    Elems<uint32_t, kTileWords> words;
+#pragma unroll
+    for (int i = 0; i < kTileWords; ++i) {
+      words.values[i] = bits_before(index * Shape::kKeys + i * 32, is_causal ? min(row + 1, T) : T);
+    }
+    return words;
+  }
+
+  // The first seen tile from `index` on; whole warps.
+  __device__ SeenTile<Shape::kKeys> next(int index) const {
+    SeenTile<Shape::kKeys> tile = {};
     tile.index = index;
+    if (bits == nullptr) {
+      tile.all = true;
+#pragma unroll
+      for (int i = 0; i < kTileWords; ++i) {
+        const int t0 = index * Shape::kKeys + i * 32;
+        const int first_end = is_causal ? min(row_begin + 1, T) : T;  // of the first row's keys
+        tile.any[i] = bits_before(t0, end);
+        tile.all = tile.all && bits_before(t0, first_end) == 0xffffffffu;
+      }
+      return tile;
+    }
+    for (tile.index = n_tiles; index < n_tiles; index += 32) {
+      const int other = index + static_cast<int>(threadIdx.x) % 32;
+      const uint32_t seen =
+          __ballot_sync(0xffffffffu, other < n_tiles && (flags[other] & kSome) != 0);
+      if (seen == 0) continue;
+      tile.index = index + __ffs(static_cast<int>(seen)) - 1;
+      break;
+    }
+    if (tile.index == n_tiles) return tile;
+    const uint8_t flag = flags[tile.index];
+    tile.all = (flag & kAll) != 0;
+    tile.adds = (flag & kAdds) != 0;
+#pragma unroll
+    for (int i = 0; i < kTileWords; ++i) {
+      tile.any[i] = (flag & kEach) != 0 ? 0xffffffffu : summarize(tile.index * kTileWords + i).any;
+    }
     return tile;
   }
 };
@@ -205,10 +256,10 @@ __device__ __forceinline__ void finish_scores(const AttentionKernelArgs& p,
     const int s = row + half * 8;
     const T* added = nullptr;
     if (tile.adds && s < p.S) added = static_cast<const T*>(find_mask_row<T>(p, b, h, s));
+    const auto words = seen_tiles.row_words(s, tile.index);
 #pragma unroll
     for (int w = 0; w < Shape::kKeys / 32; ++w) {
-      const int word = tile.index * (Shape::kKeys / 32) + w;
-      const uint32_t seen = seen_tiles.row_word(s, word) >> c2;
+      const uint32_t seen = words.values[w] >> c2;
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
 #pragma unroll
@@ -216,7 +267,7 @@ __device__ __forceinline__ void finish_scores(const AttentionKernelArgs& p,
           float& score = scores[4 * w + n][2 * half + j];
           const bool sees = (seen >> (8 * n + j) & 1) != 0;
           if (added != nullptr && sees) {
-            const int64_t t = int64_t{word} * 32 + 8 * n + c2 + j;
+            const int64_t t = int64_t{tile.index} * Shape::kKeys + 32 * w + 8 * n + c2 + j;
             score += as_float(added[t * p.mask_strides[3]]) * kLog2E;
           }
           if (!sees) score = -INFINITY;

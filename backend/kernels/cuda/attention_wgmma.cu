@@ -23,9 +23,9 @@ namespace cuda_int4 {
 
 namespace {
 
-template <int kD_, int kKeys_>
+template <int kD_, int kKeys_, int kBlocksPerSm_>
 struct WgmmaShape {
-  static constexpr int kD = kD_, kKeys = kKeys_;
+  static constexpr int kD = kD_, kKeys = kKeys_, kBlocksPerSm = kBlocksPerSm_;
   static constexpr int kThreads = 256, kBlockRows = 128;
   static constexpr int kColumns = kD < 128 ? kD : 128;  // of y, in one instruction
   static constexpr int kQueryTileBytes = kBlockRows * 128, kKeyTileBytes = kKeys * 128;
@@ -112,7 +112,7 @@ __device__ __forceinline__ void pack_probabilities(const float (&scores)[kKeys /
 #endif  // __CUDA_ARCH_FEAT_SM90_ALL
 
 template <typename T, typename Shape>
-__global__ void __launch_bounds__(Shape::kThreads, 1)
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
     attention_wgmma_kernel(AttentionKernelArgs p, MaskWords words) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   constexpr int kKeys = Shape::kKeys, kParts = Shape::kD / Shape::kColumns;
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   const uint32_t own_queries = queries + warp / 4 * 64 * 128;
   const uint32_t keys = queries + Shape::kQueryBytes, values = keys + 2 * Shape::kKeyBytes;
   const int row = row_begin + warp * 16 + lane / 4;  // and row + 8
-  const SeenTiles<Shape> seen_tiles(p, words, b, h, row_begin);
+  const SeenTiles<Shape> seen_tiles(p, words, b, h, row_begin, shared + Shape::kSharedBytes);
 
   const auto load_keys = [&](const SeenTile<kKeys>& tile, int buffer) {
     if (tile.index >= seen_tiles.n_tiles) return;
@@ -264,21 +264,20 @@ cudaError_t launch(const AttentionKernelArgs& args, cudaStream_t stream) {
   cudaError_t code = launch_attention_mask_words(args, words, stream);
   if (code != cudaSuccess) return code;
   const auto kernel = attention_wgmma_kernel<T, Shape>;
-  code = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              Shape::kSharedBytes);
+  const int shared_bytes = Shape::kSharedBytes + static_cast<int>(tile_flag_bytes<Shape>(args));
+  code = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (code != cudaSuccess) return code;
   const int64_t n_blocks = ceil_div(args.S, Shape::kBlockRows) * args.B * args.Hq;
-  kernel<<<static_cast<unsigned>(n_blocks), Shape::kThreads, Shape::kSharedBytes, stream>>>(args,
-                                                                                            words);
+  kernel<<<static_cast<unsigned>(n_blocks), Shape::kThreads, shared_bytes, stream>>>(args, words);
   return cudaGetLastError();
 }
 
 // f(T{}, WgmmaShape) for the smallest kD that holds D.
 template <typename T, typename F>
 auto with_shape(const AttentionKernelArgs& args, F f) {
-  if (args.D <= 64) return f(T{}, WgmmaShape<64, 128>{});
-  if (args.D <= 128) return f(T{}, WgmmaShape<128, 128>{});
-  return f(T{}, WgmmaShape<256, 64>{});
+  if (args.D <= 64) return f(T{}, WgmmaShape<64, 64, 2>{});
+  if (args.D <= 128) return f(T{}, WgmmaShape<128, 128, 1>{});
+  return f(T{}, WgmmaShape<256, 64, 1>{});
 }
 
 template <typename F>
@@ -300,8 +299,9 @@ bool fits_attention_wgmma(const AttentionKernelArgs& args) {
   }
   const int most_shared = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   return with_types(args, [&](auto type, auto shape) {
-    return decltype(shape)::kSharedBytes <= most_shared &&
-           has_kernel<decltype(type), decltype(shape)>();
+    using Shape = decltype(shape);
+    return Shape::kSharedBytes + tile_flag_bytes<Shape>(args) <= most_shared &&
+           has_kernel<decltype(type), Shape>();
   });
 }
 
