@@ -262,12 +262,16 @@ class Checker:
             if len(self.failures) <= MAX_PRINTED:
                 print("WRONG", what, flush=True)
 
-    def check(self, case: Case) -> None:
-        """One call, twice: right, inside its bounds, and the same bits again."""
+    def operands(self, case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float]:
+        """Fresh q, k, v, mask and the scale."""
         shapes = [(case.B, case.Hq, case.S, case.D), *[(case.B, case.Hkv, case.T, case.D)] * 2]
         q, k, v = (laid_out(shape, case.layout, case.dtype) for shape in shapes)
-        mask = make_mask(case, self.generator)
         scale = case.D**-0.5 if case.scale is None else case.scale
+        return q, k, v, make_mask(case, self.generator), scale
+
+    def check(self, case: Case) -> None:
+        """One call, twice: right, inside its bounds, and the same bits again."""
+        q, k, v, mask, scale = self.operands(case)
         exact, seen, added = exact_attention(case, q, k, v, mask, scale)
         by_torch = self.by_torch(case, q, k, v, added, scale)
         # What no query of a key head sees is NaN from here on.
@@ -358,6 +362,26 @@ class Checker:
             error = float((y.double() - exact).norm() / exact.norm())
             right = error < (1e-5 if dtype == torch.float32 else 1e-2)
             self.note(right, f"graph at {position}: error {error:.2e}")
+
+    def check_replays(self, case: Case) -> None:
+        """One captured call gives the same bits in every replay, whatever stood in its memory."""
+        q, k, v, mask, scale = self.operands(case)
+        y = torch.empty(q.shape, dtype=case.dtype, device="cuda")
+        args = self.kernel.args(q, k, v, mask, y, scale, case.is_causal, case.softcap)
+        n_scratch = self.kernel.scratch_bytes(args)
+        scratch = torch.empty(n_scratch, dtype=torch.uint8, device="cuda")
+        self.kernel(args, scratch)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.kernel(args, scratch)
+        first = None
+        for i in range(N_REPLAYS):
+            y.fill_(float("nan"))
+            scratch.fill_(17 * i % 256)
+            graph.replay()
+            first = y.clone() if first is None else first
+            self.note(torch.equal(first, y), f"{case}: replay {i} differs from the first")
 
 
 def decode_cases() -> list[Case]:
@@ -481,6 +505,8 @@ def run_all(checker: Checker, quick: bool) -> None:
                 checker.check(case)
             except RuntimeError as error:  # of the device: nothing runs after it
                 sys.exit(f"{case}: {error}")
+        for case in cases[:: 1 + len(cases) // 20]:
+            checker.check_replays(case)
         verdict = "ok" if len(checker.failures) == before else "WRONG"
         print(f"{name}: {len(cases)} cases  {verdict}", flush=True)
     checker.check_refusals()

@@ -196,11 +196,14 @@ def promotions() -> Iterator[Case]:
                 if a == torch.uint8 and shapes[1] == ():  # torch would make 255 of -1
                     inputs = made(normal(*shapes[0], dtype=a), ints(0, 4, dtype=b))
                 what = f"{shapes} {a} {b}"
-                # torch rounds an operand without dimensions to the dtype of the other.
+                # torch rounds an operand without dimensions to the dtype of the other ...
                 roundings = 1.2 if shapes[1] else 4
                 yield Case(f"add {what}", torch.add, inputs, exact, roundings)
                 yield Case(f"mul {what}", torch.mul, inputs, exact, roundings)
-                yield Case(f"lt {what}", torch.lt, inputs, exact=True)
+                # ... and compares then: a number that both dtypes hold compares the same here.
+                small = ints(0, 4, dtype=b) if shapes[1] == () else normal(*shapes[1], dtype=b)
+                compared = made(normal(*shapes[0], dtype=a), small)
+                yield Case(f"lt {what}", torch.lt, compared, exact=True)
                 yield Case(f"where {what}", lambda x, y: torch.where(x > 0, x, y), inputs, True)
 
 
