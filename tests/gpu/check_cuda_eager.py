@@ -1,6 +1,6 @@
 """Checks torch.ops.cuda_int4 on CUDA tensors: numbers, streams, graphs, torch.compile, modules.
 
-    python tests/gpu/check_cuda_eager.py
+    python tests/gpu/check_cuda_eager.py [--only CHECK ...]
 
 Needs the package, built with nvcc, and torch with CUDA. Prints a line for each check that fails and
 a summary; the exit status is 0 if all are right. Inputs are signed and fresh for each case, every
@@ -10,6 +10,8 @@ CUDA graph fails if an op waits for the device, so those checks also show that n
 
 from __future__ import annotations
 
+import argparse
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -233,6 +235,161 @@ def check_streams(checker: Checker) -> None:
         checker.near(y, want.double() * (index + 1), f"stream {index}", 2.5)
 
 
+def weight_on_gpu(N: int, K: int, activation: str) -> CudaCoalescedInt4Tensor:
+    """Symmetric, groups of 128, fp16 scales that silu can make."""
+    qdata = torch.randint(0, 256, (N, K // 2), dtype=torch.uint8, device="cuda")
+    scale = silu(silu_input(torch.rand(N, K // 128, device="cuda") * 0.03 + 0.002).half())
+    return CudaCoalescedInt4Tensor(
+        qdata, scale, 128, "coalesced.v1", activation, (N, K), torch.float16, None
+    )
+
+
+def silu_input(y: Tensor) -> Tensor:
+    """A solution x of silu(x) = y, for small y above 0."""
+    x = y
+    for _ in range(60):
+        x = y * (1 + (-x).exp())
+    return x
+
+
+def rewriting_calls(
+    weights: list[CudaCoalescedInt4Tensor], rows: Tensor, turns: int
+) -> Callable[[], Tensor]:
+    """What counts the wrong results of ``turns`` linears, all operands made by the kernels ahead.
+
+    Between those and the linear is nothing, or a decode step's attention, which lets the kernel
+    behind it start before it waits itself.
+    """
+    made_of = [silu_input(weight.scale.float()).half() for weight in weights]
+    sources = [
+        CudaCoalescedInt4Tensor(
+            w.qdata, silu(b), w.group_size, w.layout_tag, w.activation, w.shape, w.dtype, None
+        )
+        for w, b in zip(weights, made_of, strict=True)
+    ]
+    expected = [call_linear(rows, weight) for weight in sources]
+    first = sources[0]
+    now = CudaCoalescedInt4Tensor(
+        first.qdata.clone(), first.scale.clone(), first.group_size, first.layout_tag,
+        first.activation, first.shape, first.dtype, None,
+    )  # fmt: skip
+    x = torch.empty_like(rows)
+    q = torch.randn(1, 8, 1, 64, dtype=torch.float16, device="cuda")
+    kv = torch.randn(1, 2, 3000, 64, dtype=torch.float16, device="cuda")
+    torch.cuda.synchronize()
+
+    def run() -> Tensor:
+        n_wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+        for turn in range(turns):
+            i = turn % len(sources)
+            silu.out(made_of[i], out=now.scale)
+            torch.mul(rows, 1, out=x)
+            torch.bitwise_xor(sources[i].qdata, 0, out=now.qdata)
+            if turn % 3 == 1:
+                attention(q, kv, kv, None, 0.125, False)
+            elif turn % 3 == 2:
+                now.scale.zero_()
+                silu.out(made_of[i], out=now.scale)
+            n_wrong += (call_linear(x, now) != expected[i]).any()
+        return n_wrong
+
+    return run
+
+
+def check_rewritten(checker: Checker) -> None:
+    """Weights and x that the kernels just ahead have written: launches that overlap see them."""
+    for activation in ("none", "int8"):
+        for N, K, M, turns in (
+            (512, 1024, 1, 600), (4096, 4096, 1, 600), (4096, 4096, 5, 300), (1024, 2048, 16, 300),
+            (2048, 2048, 70, 200), (8192, 8192, 1, 200),
+        ):  # fmt: skip
+            weights = [weight_on_gpu(N, K, activation) for _ in range(4)]
+            rows = torch.randn(M, K, dtype=torch.float16, device="cuda")
+            run = rewriting_calls(weights, rows, turns)
+            what = f"rewritten {activation} M={M} {N}x{K}"
+            n_wrong = int(run())
+            checker.note(n_wrong == 0, f"{what}: {n_wrong} of {turns} calls wrong")
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                counted = run()
+            n_wrong = 0
+            for _ in range(5):
+                graph.replay()
+                n_wrong += int(counted)
+            checker.note(n_wrong == 0, f"{what}: {n_wrong} of {5 * turns} calls in a graph wrong")
+
+
+def launch_with(x: Tensor, weight: CudaCoalescedInt4Tensor, y: Tensor, fill: Tensor) -> None:
+    """Queue a linear through the C interface, its scratch with the bytes of ``fill``."""
+    library = cuda_int4._native.library()
+    parts = (x, weight.qdata, weight.scale, weight.zero_point, None, None, y)
+    args = cuda_int4._native.LinearArgs(
+        *map(cuda_int4._native.tensor_view, parts), weight.group_size,
+        weight.layout_tag.encode(), weight.activation.encode(), b"w",
+    )  # fmt: skip
+    size = cuda_int4._native.c_uint64()
+    cuda_int4._native.check(library.linear_scratch_bytes(args, 1, size))
+    scratch = fill[: size.value].clone()
+    stream = torch.cuda.current_stream().cuda_stream
+    cuda_int4._native.check(
+        library.linear(args, 1, stream, scratch.data_ptr() or None, size.value, None)
+    )
+
+
+def end_within(streams: list[torch.cuda.Stream], seconds: float) -> bool:
+    """Whether what is queued on them ends; kernels that wait for one another do not."""
+    ended = [stream.record_event() for stream in streams]
+    deadline = time.perf_counter() + seconds
+    while time.perf_counter() < deadline:
+        if all(event.query() for event in ended):
+            return True
+        time.sleep(0.001)
+    return False
+
+
+def check_many_rows_at_once(checker: Checker) -> None:
+    """Products of many rows on four streams at once, on a GPU that is busy, in any scratch.
+
+    Blocks of such a product wait for one another (stream-K), through flags in scratch that nobody
+    clears.
+    """
+    streams = [torch.cuda.Stream() for _ in range(5)]
+    shape = (80 << 20,)
+    fills = [
+        torch.full(shape, 0xFF, dtype=torch.uint8, device="cuda"),
+        torch.zeros(shape, dtype=torch.uint8, device="cuda"),
+        torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda"),
+    ]
+    busy = torch.randn(4096, 4096, dtype=torch.float16, device="cuda")
+    for activation in ("none", "int8"):
+        cases = []
+        for M, N, K in ((300, 4096, 4096), (33, 4096, 14336), (700, 1536, 2048), (64, 9000, 4096)):
+            weight = weight_on_gpu(N, K, activation)
+            x = torch.randn(M, K, dtype=torch.float16, device="cuda")
+            y = torch.empty(M, N, dtype=torch.float16, device="cuda")
+            launch_with(x, weight, y, fills[1])
+            cases.append((x, weight, y))
+        n_wrong = torch.zeros(4, 4, dtype=torch.int64, device="cuda")  # stream, case
+        torch.cuda.synchronize()
+        for turn in range(60):
+            with torch.cuda.stream(streams[4]):
+                busy @ busy
+            for i, stream in enumerate(streams[:4]):
+                case = (i + turn // 7) % 4
+                x, weight, expected = cases[case]
+                with torch.cuda.stream(stream):
+                    y = torch.full_like(expected, float("nan"))
+                    launch_with(x, weight, y, fills[turn % 3])
+                    n_wrong[i, case] += (y != expected).any()
+        if not end_within(streams, 20):
+            print("WRONG many rows at once: a kernel hangs", flush=True)
+            os._exit(1)  # whatever waits for the GPU would hang, too
+        for case, (x, weight, _) in enumerate(cases):
+            wrong = int(n_wrong[:, case].sum())
+            what = f"many rows at once, {activation} M={x.shape[0]} {tuple(weight.shape)}"
+            checker.note(wrong == 0, f"{what}: {wrong} calls wrong")
+
+
 def check_compile(checker: Checker) -> None:
     """torch.compile takes the ops whole, in one graph, dynamic shapes included."""
     weight = make_weight(512, 1024, 32, True).cuda()
@@ -384,16 +541,23 @@ def main() -> int:
               f"torch.cuda {torch.cuda.is_available()}, "
               f"cuda_int4 {cuda_int4._native.library().cuda_available()}")  # fmt: skip
         return 2
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", nargs="+", metavar="CHECK", help='such as "numbers", "compile"')
+    only = parser.parse_args().only
     checker = Checker()
     for check in (
         check_numbers,
         check_graphs,
         check_streams,
+        check_rewritten,
+        check_many_rows_at_once,
         check_compile,
         check_modules,
         check_empty,
         check_errors,
     ):
+        if only and check.__name__.removeprefix("check_") not in only:
+            continue
         torch.manual_seed(1)
         right, wrong, start = checker.n_right, checker.n_wrong, time.perf_counter()
         check(checker)
