@@ -46,10 +46,12 @@ bool is_ordered(uint64_t nibbles) {
   return (less & kLowest) == kLowest;
 }
 
-int meta_of(const uint16_t* meta, int64_t Np, int64_t n, int64_t k) {
+int meta_of(const uint8_t* meta, int64_t Np, int64_t n, int64_t k) {
   const int64_t word = 2 * Np * (k / 32) + 128 * (n / 64) + 64 * (n / 2 % 2) + 8 * (n % 64 / 8) +
                        4 * (n % 2) + 2 * (k / 16 % 2) + n / 4 % 2;
-  return meta[word] >> (4 * (k / 4 % 4)) & 15;
+  uint16_t places;
+  memcpy(&places, meta + 2 * word, 2);
+  return places >> (4 * (k / 4 % 4)) & 15;
 }
 
 }  // namespace
@@ -91,12 +93,12 @@ Status validate_marlin24_weight(const LinearArgs& args) {
 }
 
 Status validate_marlin24_values(const LinearArgs& args) {
-  const uint16_t* meta = static_cast<const uint16_t*>(args.meta.data);
+  const uint8_t* meta = static_cast<const uint8_t*>(args.meta.data);
   const uint64_t n_words = args.meta.nbytes / 8;  // rows of meta are 256 bytes or a multiple
   bool ordered = true;
   for (uint64_t i = 0; i < n_words && ordered; ++i) {
     uint64_t nibbles;
-    memcpy(&nibbles, meta + 4 * i, 8);
+    memcpy(&nibbles, meta + 8 * i, 8);
     ordered = is_ordered(nibbles);
   }
   if (ordered) return {};

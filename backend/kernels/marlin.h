@@ -47,7 +47,7 @@ Status validate_marlin24_weight(const LinearArgs& args);
 int64_t marlin_K(const LinearArgs& args);
 int64_t marlin24_K(const LinearArgs& args);
 
-// All of meta, in host memory; args have passed validate_marlin24_weight. The message names the
+// All of meta, in host memory at any address; args have passed validate_marlin24_weight. The message names the
 // first place that is wrong.
 Status validate_marlin24_values(const LinearArgs& args);
 

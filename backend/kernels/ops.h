@@ -32,7 +32,7 @@ struct LinearArgs {
 Status validate_linear_weight(const LinearArgs& args);
 // N and K of such a weight.
 void linear_weight_sizes(const LinearArgs& args, int64_t* N, int64_t* K);
-// The bytes of such a weight, in host memory: metadata of 2:4 layouts that names no two places, or
+// The bytes of such a weight, in host memory at any address: metadata of 2:4 layouts that names no two places, or
 // the same place twice, is refused. Other layouts take every byte.
 Status validate_linear_values(const LinearArgs& args);
 // The weight, x and y together.

@@ -26,6 +26,9 @@ class Constants final : public executorch::runtime::NamedDataMap {
   /// Finds every constant and checks its size. `store` may be nullptr if there are no constants.
   /// @retval InvalidExternalData missing, of another size, or misaligned.
   executorch::runtime::Error locate(const executorch::runtime::NamedDataMap* store);
+  /// The bytes of record `i` where the loader put them: host memory, from locate() to place(), at any
+  /// address.
+  const void* located(size_t i) const { return placed_[find(records_[i].key)].bytes; }
   /// What place() allocates on the device; after locate().
   uint64_t device_bytes() const { return device_bytes_; }
   /// Verifies their checksums, if asked to, and uploads them to a device that needs it.

@@ -92,6 +92,7 @@ class DelegateMethod {
   // delegate_method.cpp
   executorch::runtime::Error check_ops();
   executorch::runtime::Error check_linears() const;
+  executorch::runtime::Error check_values() const;
   executorch::runtime::Error check_nested(const executorch::runtime::Program& program) const;
   executorch::runtime::Error load_program();
   executorch::runtime::Error check_memory() const;
