@@ -233,19 +233,23 @@ def _extract_constants(
 ) -> tuple[Constant, ...]:
     buffers = emitted.program.constant_buffer
     constants = []
+    keys: dict[int, str] = {}  # by buffer; the emitter lets a view of a constant name its buffer
     for index, value in enumerate(plan.values):
         tensor = value.val
         if not isinstance(tensor, Tensor) or tensor.data_buffer_idx == 0:
             continue
         role = roles[index] if index < len(roles) else None
-        assert role is not None and role.constant and tensor.allocation_info is None, (
+        key = keys.get(tensor.data_buffer_idx, "")
+        if role is not None and role.constant:
+            data = bytes(buffers[tensor.data_buffer_idx].storage)
+            sizes = tuple(tensor.sizes)
+            dtype = int(tensor.scalar_type)
+            key = f"cuda_int4/{role.tag}/{role.part}/{_content_hash(dtype, sizes, data)}"
+            constants.append(Constant(role.node, role.name, key, dtype, sizes, data))
+            keys[tensor.data_buffer_idx] = key
+        assert key and tensor.allocation_info is None, (
             f"value {index} of the nested program has data, and is no constant of the graph"
         )
-        data = bytes(buffers[tensor.data_buffer_idx].storage)
-        sizes = tuple(tensor.sizes)
-        dtype = int(tensor.scalar_type)
-        key = f"cuda_int4/{role.tag}/{role.part}/{_content_hash(dtype, sizes, data)}"
-        constants.append(Constant(role.node, role.name, key, dtype, sizes, data))
         tensor.data_buffer_idx = 0
         tensor.extra_tensor_info = ExtraTensorInfo(
             fully_qualified_name=key, location=TensorDataLocation.EXTERNAL

@@ -102,6 +102,19 @@ def test_outputs_that_are_inputs_views_constants_and_numbers(tmp_path, stock):
     check_many_outputs(model, lambda x: method.execute([x]))
 
 
+class ViewsAConstant(models.Offset):
+    """y = linear(x) plus the sums of the constant's halves."""
+
+    def forward(self, x):
+        return self.proj(x) + self.offset.view(2, 24).sum(1).view(2, 1).expand(2, 24).reshape(48)
+
+
+def test_views_of_a_constant(tmp_path):
+    model = make(ViewsAConstant())
+    path = write(model, tmp_path / "model.pte", (rows(3),), ({0: dim()},))
+    assert_same(cuda_int4.load(path).forward(rows(5))[0], model(rows(5)))
+
+
 def test_sizes_as_ints(tmp_path, stock):
     model = make(models.TakesInt())
     inputs = rows(4), torch.zeros(3)

@@ -11,6 +11,7 @@
 #include "errors.h"
 #include "parallel.h"
 #include "program_check.h"
+#include "program_writes.h"
 #include "tensor_bridge.h"
 
 // mutable_input is deprecated for callers of models; a delegate has no other way to pass an int on.
@@ -207,6 +208,9 @@ Error DelegateMethod::check_nested(const Program& program) const {
                   "nested program: expected only ops that the header lists, found %s; the .pte is "
                   "damaged, export it again",
                   op.c_str());
+  error = check_writes(blob_.program, kNested,
+                       [this](std::string_view name) { return constants_->has(name); });
+  if (error != Error::Ok) return error;
   std::vector<LinearCall> calls;
   error = program_linears(blob_.program, &calls);
   if (error != Error::Ok) return error;

@@ -128,7 +128,27 @@ void checked_index_put(KernelRuntimeContext& context, Span<EValue*> stack) {
   kernel(context, stack);
 }
 
+constexpr std::string_view kViewOp = "executorch_prim::et_view.default";
+
+/// ExecuTorch's kernel takes the types of its arguments for granted.
+void checked_view(KernelRuntimeContext& context, Span<EValue*> stack) {
+  constexpr ssize_t kMaxViewDims = 16;  // ExecuTorch's own
+  const bool right_types = stack.size() == 3 && stack[0]->isTensor() && stack[2]->isTensor() &&
+                           stack[1]->tryToIntList().ok();
+  if (!right_types || stack[0]->toTensor().scalar_type() != stack[2]->toTensor().scalar_type() ||
+      stack[2]->toTensor().dim() > kMaxViewDims)
+    return context.fail(fail(Error::InvalidProgram,
+                             "executorch_prim::et_view: expected a tensor, sizes and a view of the "
+                             "tensor's dtype, found others; the .pte is damaged, export it again"));
+  static const OpFunction kernel = find_registered(kViewOp);
+  kernel(context, stack);
+}
+
 constexpr std::string_view kOurs = "cuda_int4::";
+
+OpFunction find_kept(std::string_view name) {
+  return name == kViewOp ? &checked_view : find_registered(name);
+}
 
 /// Kept names that read or move tensor data on the host are not for device memory.
 bool runs_on_shapes(std::string_view name) {
@@ -153,7 +173,7 @@ std::string one_to_a_line(std::vector<std::string> names) {
 }  // namespace
 
 OpFunction find_cpu_kernel(std::string_view nested_name) {
-  if (is_kept(nested_name)) return find_registered(nested_name);
+  if (is_kept(nested_name)) return find_kept(nested_name);
   if (nested_name.substr(0, kOurs.size()) != kOurs) return nullptr;
   const std::string_view op = nested_name.substr(kOurs.size());
   for (const OwnOp& own : own_ops())
@@ -167,8 +187,7 @@ OpFunction find_cpu_kernel(std::string_view nested_name) {
 }
 
 OpFunction find_cuda_kernel(std::string_view nested_name) {
-  if (is_kept(nested_name))
-    return runs_on_shapes(nested_name) ? find_registered(nested_name) : nullptr;
+  if (is_kept(nested_name)) return runs_on_shapes(nested_name) ? find_kept(nested_name) : nullptr;
   if (nested_name.substr(0, kOurs.size()) != kOurs) return nullptr;
   const std::string_view op = nested_name.substr(kOurs.size());
   for (const OwnOp& own : own_ops())

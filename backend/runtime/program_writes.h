@@ -1,0 +1,18 @@
+// Constants stay constant: kernels read weights ahead of time, and on a CPU they lie in the mapped
+// file. Our export never writes to one; a program of another making may.
+#pragma once
+
+#include <executorch/runtime/core/error.h>
+
+#include <functional>
+#include <string_view>
+
+namespace cuda_int4 {
+
+/// InvalidProgram where an instruction of a method writes to a tensor that is a constant or a view of
+/// one, or an input takes its place. After check_program.
+executorch::runtime::Error check_writes(
+    const void* data, const char* what,
+    const std::function<bool(std::string_view name)>& is_constant);
+
+}  // namespace cuda_int4

@@ -1,0 +1,246 @@
+"""A nested program of another making that writes to constants, or views them as wider values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from executorch.exir.scalar_type import ScalarType
+from executorch.exir.schema import (
+    FreeCall,
+    Instruction,
+    KernelCall,
+    MoveCall,
+    TensorList,
+)
+from torch import Tensor, nn
+
+import cuda_int4
+import delegate_models as models
+import forged
+from cuda_int4 import nested_program
+from cuda_int4._native import CudaInt4Error, supported_ops
+from cuda_int4.nested_program import _extract_constants
+from delegate_models import K, make, rows
+
+
+class Constant(models.Linear):
+    """y = f(linear(x), c), c a dense constant [16, K]."""
+
+    def __init__(self, f: Callable[..., Any], n_rows: int = 16):
+        super().__init__(N=K)
+        self.f = f
+        self.register_buffer("c", torch.linspace(-1, 1, n_rows * K).view(n_rows, K))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.f(self.proj(x), self.c)
+
+
+@pytest.fixture
+def forge(monkeypatch, tmp_path):
+    """To the file of a model whose nested program an ``edit(plan)`` has been done to."""
+
+    def export(
+        model: nn.Module, edit: Callable[[Any], None], inputs: Any = None, shapes: Any = None
+    ) -> Any:
+        def extract(emitted: Any, plan: Any, roles: Any) -> Any:
+            constants = _extract_constants(emitted, plan, roles)
+            edit(plan)
+            return constants
+
+        monkeypatch.setattr(nested_program, "_extract_constants", extract)
+        return models.write(make(model), tmp_path / "model.pte", inputs or (rows(16),), shapes)
+
+    return export
+
+
+def constant(plan: Any, of: str = "dense.v1") -> int:
+    """The value that is a constant, by a part of its key."""
+    for i, value in enumerate(plan.values):
+        info = getattr(value.val, "extra_tensor_info", None)
+        if info is not None and of in (info.fully_qualified_name or ""):
+            return i
+    raise LookupError(of)
+
+
+def arguments(plan: Any, op: str) -> list[int]:
+    """Of the last call of an op; to be changed in place."""
+    calls = [
+        instruction.instr_args.args
+        for instruction in plan.chains[0].instructions
+        if isinstance(instruction.instr_args, KernelCall)
+        and plan.operators[instruction.instr_args.op_index].name.endswith(f"::{op}")
+    ]
+    return calls[-1]
+
+
+def refusal(path: Any) -> str:
+    with pytest.raises(CudaInt4Error) as raised:
+        cuda_int4.load(path)
+    assert raised.value.code == forged.INVALID_PROGRAM
+    assert "no instruction that writes to a constant" in str(raised.value)
+    return str(raised.value)
+
+
+def test_in_place_on_a_weight(forge):
+    def edit(plan):
+        arguments(plan, "index_put_")[0] = constant(plan, "/qdata/")
+
+    path = forge(models.Cache(), edit, (rows(3), torch.arange(3)))
+    message = refusal(path)
+    assert "cuda_int4::index_put_ on" in message and "/qdata/" in message
+
+
+@pytest.mark.parametrize("at", [-2, -1])
+def test_an_output_that_is_a_constant(forge, at):
+    def edit(plan):
+        arguments(plan, "add")[at] = constant(plan)
+
+    assert "cuda_int4::add on" in refusal(forge(Constant(torch.add), edit))
+
+
+def test_an_output_of_an_op_of_ours(forge):
+    def edit(plan):
+        arguments(plan, "linear")[-2:] = [constant(plan)] * 2
+
+    assert "cuda_int4::linear on" in refusal(forge(Constant(torch.add), edit))
+
+
+def through_a_view(y: Tensor, c: Tensor) -> Tensor:
+    return (y.view(-1, 16) * 2).view(-1, K) + c[0]
+
+
+ANY_LENGTH = ({0: models.dim()},)  # views of fixed sizes are no instructions
+
+
+def view_the_constant(plan: Any) -> int:
+    """Let the first view be one of the constant; the value that it is."""
+    for instruction in plan.chains[0].instructions:
+        call = instruction.instr_args
+        if plan.operators[call.op_index].name == "executorch_prim::et_view":
+            call.args[0] = constant(plan)
+            return call.args[2]
+    raise LookupError("et_view")
+
+
+def test_an_output_that_views_a_constant(forge):
+    def edit(plan):
+        arguments(plan, "mul")[-2:] = [view_the_constant(plan)] * 2
+
+    message = refusal(forge(Constant(through_a_view), edit, shapes=ANY_LENGTH))
+    assert "cuda_int4::mul on a view of one" in message
+
+
+def test_a_view_in_the_place_of_a_constant(forge):
+    def edit(plan):
+        arguments(plan, "et_view")[2] = constant(plan)
+
+    message = refusal(forge(Constant(through_a_view), edit, shapes=ANY_LENGTH))
+    assert "executorch_prim::et_view on" in message
+
+
+def test_a_view_of_a_constant_that_is_only_read(forge):
+    with cuda_int4.load(
+        forge(Constant(through_a_view), view_the_constant, shapes=ANY_LENGTH)
+    ) as model:
+        c = Constant(through_a_view).c
+        assert torch.equal(model.forward(rows(16))[0], c * 2 + c[0])
+
+
+def test_a_list_of_outputs_with_a_constant(forge):
+    def edit(plan):
+        for value in plan.values:
+            if isinstance(value.val, TensorList):
+                value.val.items[1] = constant(plan)
+
+    path = forge(Constant(lambda y, c: (y + c).split(32, 1)), edit)
+    assert "cuda_int4::split_with_sizes_copy on" in refusal(path)
+
+
+@pytest.mark.parametrize("call", [lambda x, c: MoveCall(x, c), lambda _, c: FreeCall(c)])
+def test_moves_and_frees(forge, call):
+    def edit(plan):
+        instruction = Instruction(call(plan.inputs[0], constant(plan)))
+        plan.chains[0].instructions.insert(0, instruction)
+
+    assert "a move or free on" in refusal(forge(Constant(torch.add), edit))
+
+
+def test_a_constant_moved_elsewhere(forge):
+    def edit(plan):
+        out = arguments(plan, "add")[-1]
+        plan.chains[0].instructions.insert(0, Instruction(MoveCall(constant(plan), out)))
+
+    assert "cuda_int4::add on a view of one" in refusal(forge(Constant(torch.add), edit))
+
+
+def test_an_input_that_is_a_constant(forge):
+    def edit(plan):
+        plan.inputs[0] = constant(plan)
+
+    assert "an input on" in refusal(forge(Constant(torch.add), edit))
+
+
+def image(y: Tensor) -> Tensor:
+    return y.view(1, 16, 8, 8)
+
+
+def batch_norm(y: Tensor, c: Tensor) -> Tensor:
+    mean, var = c[:, 0], c[:, 1].abs() + 1
+    return nn.functional.batch_norm(image(y), mean, var)
+
+
+# Ops that write several tensors: how many, and a graph that has the op.
+SEVERAL: dict[str, tuple[int, Callable[..., Any]]] = {
+    "_native_batch_norm_legit_no_training.out": (3, batch_norm),
+    "max.dim_max": (2, lambda y, c: tuple((y + c).max(-1))),
+    "max_pool2d_with_indices.out": (2, lambda y, c: nn.functional.max_pool2d(image(y + c), 2)),
+    "min.dim_min": (2, lambda y, c: tuple((y + c).min(-1))),
+    "native_group_norm.out": (3, lambda y, c: nn.functional.group_norm(image(y + c), 4)),
+    "native_layer_norm.out": (3, lambda y, c: nn.functional.layer_norm(y + c, (K,))),
+    "topk.values": (2, lambda y, c: tuple((y + c).topk(4))),
+    "var_mean.correction_out": (2, lambda y, c: tuple((y + c).max(-1))),  # renamed
+}
+
+
+def test_what_is_known_of_ops_that_write_several_tensors():
+    found = set()
+    for op in supported_ops("cpu"):
+        namespace, name = op.split("::")
+        if namespace != "aten":
+            continue
+        packet, _, overload = name.partition(".")
+        schema = getattr(getattr(torch.ops.aten, packet), overload or "default")._schema
+        if sum(argument.is_out for argument in schema.arguments) > 1:
+            found.add(name)
+    assert found == set(SEVERAL)
+
+
+@pytest.mark.parametrize("op", sorted(SEVERAL))
+def test_each_of_several_outputs(forge, op):
+    n, f = SEVERAL[op]
+    name, overload = op.split(".")
+    for i in range(n):
+
+        def edit(plan, i=i):
+            for operator in plan.operators:
+                if name == "var_mean" and operator.name == "aten::max":
+                    operator.name, operator.overload = "aten::var_mean", overload
+            arguments(plan, name)[-1 - n + i] = constant(plan)
+
+        assert f"cuda_int4::{name} on" in refusal(forge(Constant(f), edit))
+
+
+def test_a_view_of_a_wider_dtype(forge):
+    """Its end would lie behind the tensor's."""
+
+    def edit(plan):
+        view = arguments(plan, "et_view")[2]
+        plan.values[view].val.scalar_type = ScalarType.DOUBLE
+
+    with cuda_int4.load(forge(Constant(through_a_view), edit, shapes=ANY_LENGTH)) as model:
+        with pytest.raises(CudaInt4Error, match="a view of the tensor's dtype") as raised:
+            model.forward(rows(16))
+    assert raised.value.code == forged.INVALID_PROGRAM
