@@ -61,11 +61,13 @@ void gather(TensorOpCall& call, const IndexArgs& args) {
   }
 }
 
-void scatter(TensorOpCall& call, const IndexArgs& args) {
+void scatter(KernelRuntimeContext& context, TensorOpCall& call, const IndexArgs& args) {
   if (const TensorKernels* table = call.kernels()) {
     IndexArgs named = args;
     named.who = call.op();
-    call.check(table->scatter(named, current_execution()));
+    ExecutionContext execution = current_execution();
+    call.set_error(give_scratch(context, table->scatter_scratch_bytes(named), &execution));
+    if (call.ok()) call.check(table->scatter(named, execution));
   }
 }
 
@@ -165,7 +167,7 @@ void scatter_out(KernelRuntimeContext& context, Stack stack) {
     args.value = number_of(call.scalar(3));
   }
   args.accumulates = kAdds;
-  scatter(call, args);
+  scatter(context, call, args);
   call.finish(context);
 }
 
@@ -245,7 +247,7 @@ void index_out(KernelRuntimeContext& context, Stack stack) {
 }
 
 /// to[indices] = values, which broadcast to the positions.
-void put(TensorOpCall& call, const TensorView& to) {
+void put(KernelRuntimeContext& context, TensorOpCall& call, const TensorView& to) {
   IndexArgs args = {};
   by_indices(call, to, 1, &args);
   const TensorView values = call.tensor(2);
@@ -254,20 +256,20 @@ void put(TensorOpCall& call, const TensorView& to) {
     call.require(expanded(values, args.indexed.sizes, args.indexed.ndim, &args.plain),
                  "values that broadcast to the positions of the indices");
   args.accumulates = call.boolean(3);
-  scatter(call, args);
+  scatter(context, call, args);
 }
 
 // index_put(self, indices[], values, accumulate, *, out)
 void index_put_out(KernelRuntimeContext& context, Stack stack) {
   TensorOpCall call("index_put.out", stack, 5);
-  put(call, out_as_self(call, 4, call.tensor(0)));
+  put(context, call, out_as_self(call, 4, call.tensor(0)));
   call.finish(context);
 }
 
 // index_put_(self, indices[], values, accumulate)
 void index_put_in_place(KernelRuntimeContext& context, Stack stack) {
   TensorOpCall call("index_put_", stack, 4);
-  put(call, call.tensor(0));
+  put(context, call, call.tensor(0));
   call.finish(context);
 }
 

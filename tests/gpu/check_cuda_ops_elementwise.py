@@ -533,6 +533,31 @@ def index_ops() -> Iterator[Case]:
         )
 
 
+def long_indices() -> Iterator[Case]:
+    """Sums by more indices than one destination is compared with one by one."""
+    put = lambda x, i, v: aten.index_put(x, [i], v, True)  # noqa: E731
+    put_two = lambda x, i, j, v: aten.index_put(x, [i, None, j], v, True)  # noqa: E731
+    for dtype in (*ALL_FLOATS, torch.int16, torch.int64):
+        exact = not dtype.is_floating_point
+        for name, low, high, n, columns in (
+            ("", -3000, 3000, 20000, 20),
+            ("to few", 0, 3, 9001, 5),
+            ("to one", 7, 8, 20000, 3),
+            ("to many", 0, 3000, 5000, 300),
+        ):
+            x, v = normal(3000, columns, dtype=dtype), normal(n, columns, dtype=dtype)
+            inputs = made(x, ints(low, high, n), v)
+            yield Case(f"index_put accumulate long {name} {dtype}", put, inputs, exact=exact)
+        x, v = normal(70, 6, 300, dtype=dtype), normal(9000, 6, dtype=dtype)
+        inputs = made(x, ints(-70, 70, 9000), ints(0, 300, 9000, dtype=torch.int32), v)
+        yield Case(f"index_put accumulate long two {dtype}", put_two, inputs, exact=exact)
+        for dim, shape in ((0, (9000, 7)), (1, (3, 6000)), (1, (2, 5000, 3)), (0, (70000,))):
+            x, v = normal(*shape, dtype=dtype), normal(*shape, dtype=dtype)
+            inputs = made(x, ints(0, shape[dim], *shape), v)
+            add = lambda x, i, v, d=dim: x.scatter_add(d, i, v)  # noqa: E731
+            yield Case(f"scatter_add long {shape} {dtype}", add, inputs, exact=exact)
+
+
 GROUPS: dict[str, Callable[[], Iterator[Case]]] = {
     "arithmetic": arithmetic,
     "integers": integers,
@@ -544,6 +569,7 @@ GROUPS: dict[str, Callable[[], Iterator[Case]]] = {
     "crops": crops,
     "making": making,
     "indices": index_ops,
+    "long indices": long_indices,
 }
 
 
@@ -582,6 +608,13 @@ REFUSED: tuple[tuple[str, Callable, tuple[Tensor, Tensor], Tensor, str], ...] = 
         (torch.rand(4), torch.tensor([3, 0])),
         torch.tensor([3, 4]),
         r"scatter_add.out: expected indices in 0\.\.3, got 4",
+    ),
+    (
+        "scatter_add of many",
+        lambda x, i: x.scatter_add(0, i, x),
+        (torch.ones(5000), torch.arange(5000)),
+        torch.arange(1, 5001),
+        r"scatter_add.out: expected indices in 0\.\.4999, got 5000",
     ),
     (
         "remainder by 0",

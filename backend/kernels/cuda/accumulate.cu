@@ -8,7 +8,7 @@
 // Requires  index_d in -size_d .. size_d - 1; any other is skipped and noted
 // Grid      a thread per element of the destination, blocks of 256; it looks through all positions
 // Bytes     reads the indices once per element of the destination, out of the caches: for short
-//           indices or small destinations
+//           indices or small destinations; accumulate_sorted takes the others
 // Numerics  sums in float32, float64 or int64, in the order of the positions, rounded once: the same
 //           bits in every run, which atomic additions would not give
 // Source    own
@@ -22,6 +22,8 @@ namespace cuda_int4 {
 namespace {
 
 constexpr int kThreads = 256;
+// Looks at an index, and positions of one destination: above, sorting is quicker.
+constexpr int64_t kMostLooks = int64_t{1} << 24, kMostPositions = 4096;
 
 template <int kIndices>
 struct AccumulateParams {
@@ -132,9 +134,24 @@ Status launch(const IndexArgs& args, const FaultNote& note, cudaStream_t stream)
   return launch_status(args.who, cudaGetLastError());
 }
 
+bool is_short(const IndexArgs& args) {
+  int64_t n_destinations = 1, n_positions = 1;  // of each destination
+  for (int d = 0; d < args.indexed.ndim; ++d)
+    (args.indexed.strides[d] == 0 ? n_positions : n_destinations) *= args.indexed.sizes[d];
+  for (int k = 0; k < args.n_dims; ++k) n_destinations *= args.dims[k].size;
+  return n_positions == 0 || n_destinations == 0 ||
+         (n_positions <= kMostPositions && n_destinations <= kMostLooks / n_positions);
+}
+
 }  // namespace
 
-Status launch_accumulate(const IndexArgs& args, const FaultNote& note, cudaStream_t stream) {
+uint64_t accumulate_scratch_bytes(const IndexArgs& args) {
+  return is_short(args) ? 0 : accumulate_sorted_scratch_bytes(args);
+}
+
+Status launch_accumulate(const IndexArgs& args, const FaultNote& note, void* scratch,
+                         cudaStream_t stream) {
+  if (!is_short(args)) return launch_accumulate_sorted(args, note, scratch, stream);
   return args.n_dims == 1 ? launch<1>(args, note, stream) : launch<kMaxDims>(args, note, stream);
 }
 

@@ -43,12 +43,18 @@ Status gather(const IndexArgs& args, const ExecutionContext& context) {
 }
 
 Status scatter(const IndexArgs& args, const ExecutionContext& context) {
-  const auto launch = args.accumulates ? launch_accumulate : launch_scatter;
-  return launch(args, fault_note(context), stream_of(context));
+  if (args.accumulates)
+    return launch_accumulate(args, fault_note(context), context.scratch, stream_of(context));
+  return launch_scatter(args, fault_note(context), stream_of(context));
+}
+
+uint64_t scatter_scratch_bytes(const IndexArgs& args) {
+  return args.accumulates ? accumulate_scratch_bytes(args) : 0;
 }
 
 }  // namespace
 
-const TensorKernels kTensorKernels = {elementwise, copy, fill, tril, gather, scatter};
+const TensorKernels kTensorKernels = {elementwise,          copy, fill, tril, gather, scatter,
+                                      scatter_scratch_bytes};
 
 }  // namespace cuda_int4

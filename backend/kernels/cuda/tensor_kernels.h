@@ -163,7 +163,9 @@ struct TensorKernels {
   Status (*gather)(const IndexArgs& args, const ExecutionContext& context);
   // indexed[index] = plain; a value whose index is out of range is dropped, and noted. Where an
   // index repeats, one of its values stays, which one is not said.
+  // scatter_scratch_bytes says what context.scratch must hold.
   Status (*scatter)(const IndexArgs& args, const ExecutionContext& context);
+  uint64_t (*scatter_scratch_bytes)(const IndexArgs& args);
 };
 
 extern const TensorKernels kTensorKernels;  // only in a build with nvcc: go through cuda_kernels()
