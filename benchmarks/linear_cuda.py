@@ -127,7 +127,7 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
 
 
 def ours(name: str, x: Tensor, weight: Weight, dense: Tensor, rotate_bytes: int) -> Candidate:
-    """``cuda_int4_linear`` through ctypes; arguments, scratch and output made once.
+    """The linear of a ``.pte`` through ctypes; arguments, scratch and output made once.
 
     "w4a8" quantises x in every call; "w4a8_quantized_x" leaves that to what comes before.
     """
@@ -165,8 +165,8 @@ def ours(name: str, x: Tensor, weight: Weight, dense: Tensor, rotate_bytes: int)
 
     def call(i: int) -> Tensor:
         stream = torch.cuda.current_stream().cuda_stream
-        code = library.linear(
-            calls[i][0], _native.DEVICE_CUDA, stream, scratch.data_ptr() or None, scratch.nbytes,
+        code = library.linear_of_constants(
+            calls[i][0], stream, scratch.data_ptr() or None, scratch.nbytes,
             quantized.data_ptr() or None,
         )  # fmt: skip
         _native.check(code)
