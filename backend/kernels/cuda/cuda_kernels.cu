@@ -5,6 +5,7 @@
 #include "attention.cuh"
 #include "cuda_kernels.h"
 #include "linear_w4a8.cuh"
+#include "matmul_marlin.cuh"
 #include "matmul_w4a16.cuh"
 #include "matvec_w4a16_coalesced.cuh"
 #include "matvec_w4a16_mma.cuh"
@@ -69,10 +70,19 @@ Status linear_coalesced_w4a16(const LinearArgs& args, const ExecutionContext& co
       args, launch_matvec_w4a16_coalesced(kernel_args, static_cast<cudaStream_t>(context.stream)));
 }
 
-constexpr CudaKernels kKernels = {
-    linear_coalesced_w4a16,       quantize_int8,  linear_coalesced_w4a8,
-    matmul_w4a16_scratch_bytes,   matmul_w4a16,   &kMathKernels,
-    cuda_attention_scratch_bytes, cuda_attention, &kTensorKernels};
+constexpr CudaKernels kKernels = {linear_coalesced_w4a16,
+                                  quantize_int8,
+                                  linear_coalesced_w4a8,
+                                  matmul_w4a16_scratch_bytes,
+                                  matmul_w4a16,
+                                  &kMathKernels,
+                                  cuda_attention_scratch_bytes,
+                                  cuda_attention,
+                                  &kTensorKernels,
+                                  matmul_marlin_scratch_bytes,
+                                  matmul_marlin,
+                                  matmul_marlin24_scratch_bytes,
+                                  matmul_marlin24};
 
 }  // namespace
 

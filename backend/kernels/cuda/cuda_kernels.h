@@ -26,6 +26,11 @@ struct CudaKernels {
   uint64_t (*attention_scratch_bytes)(const AttentionArgs& args);
   Status (*attention)(const AttentionArgs& args, const ExecutionContext& context);
   const TensorKernels* tensor;  // elementwise, copies, indices: tensor_kernels.h
+  // marlin.v1 and marlin24.v1, activation "none", M > 16, x fp16 or bf16.
+  uint64_t (*matmul_marlin_scratch_bytes)(const LinearArgs& args);
+  Status (*matmul_marlin)(const LinearArgs& args, const ExecutionContext& context);
+  uint64_t (*matmul_marlin24_scratch_bytes)(const LinearArgs& args);
+  Status (*matmul_marlin24)(const LinearArgs& args, const ExecutionContext& context);
 };
 
 // nullptr: built without CUDA.

@@ -4,6 +4,7 @@
 #include "../layouts.h"
 #include "launch_status.cuh"
 #include "matmul_w4a16.cuh"
+#include "multiprocessors.cuh"
 
 namespace cuda_int4 {
 
@@ -25,16 +26,6 @@ MatmulW4A16Args kernel_args(const LinearArgs& args) {
   p.K = linear_K(args);
   p.group_size = args.group_size;
   return p;
-}
-
-// Multiprocessors of the current device if it runs sm_90a code, else 0.
-int hopper_multiprocessors() {
-  int device = 0, major = 0, minor = 0, count = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 0;
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return major == 9 && minor == 0 ? count : 0;
 }
 
 }  // namespace

@@ -1,0 +1,39 @@
+// matmul_marlin_wgmma (matmul_marlin_wgmma.cuh) on marlin24.v1: which tiles for which shape.
+#include "matmul_marlin_wgmma.cuh"
+
+namespace cuda_int4 {
+
+namespace {
+
+// Calls f with the configuration for this shape. What each is worth: kernels/README.md.
+template <typename F>
+auto with_config(const MatmulMarlinArgs& args, F f) {
+  const bool is_wide = args.N >= 8192;
+  if (args.M <= 32) return f(MarlinConfig<true, 2, 2, 2, 32, 8>());
+  if (args.M <= 64) {
+    return is_wide ? f(MarlinConfig<true, 2, 1, 4, 64, 4>())
+                   : f(MarlinConfig<true, 2, 2, 2, 64, 8>());
+  }
+  return f(MarlinConfig<true, 2, 1, 2, 128, 4>());
+}
+
+}  // namespace
+
+uint64_t matmul_marlin24_wgmma_scratch_bytes(const MatmulMarlinArgs& args, int n_multiprocessors) {
+  return with_config(args, [&](auto config) {
+    using C = decltype(config);
+    return tile_scratch_bytes(marlin_plan<C>(args, n_multiprocessors), C::kTokens, C::kRows);
+  });
+}
+
+cudaError_t launch_matmul_marlin24_wgmma(const MatmulMarlinArgs& args, void* scratch,
+                                         int n_multiprocessors, cudaStream_t stream) {
+  return with_config(args, [&](auto config) {
+    using C = decltype(config);
+    return args.dtype == DType::kFloat16
+               ? launch_marlin_scales<__half, C>(args, scratch, n_multiprocessors, stream)
+               : launch_marlin_scales<__nv_bfloat16, C>(args, scratch, n_multiprocessors, stream);
+  });
+}
+
+}  // namespace cuda_int4
