@@ -59,6 +59,9 @@ NAN = float("nan")
 class Weight:
     """An int4 weight on the GPU; ``exact`` is its definition in float64."""
 
+    layout_tag = "coalesced.v1"
+    meta: Tensor | None = None
+
     def __init__(
         self, N: int, K: int, group_size: int, scale_dtype: torch.dtype, zero: str, seed: int = 0
     ) -> None:
@@ -82,12 +85,26 @@ class Weight:
         centred = codes.double() - z.double().repeat_interleave(self.group_size, 1)
         self.exact = centred * self.scale.double().repeat_interleave(self.group_size, 1)
 
+    @classmethod
+    def random(
+        cls, N: int, K: int, group_size: int, dtype: torch.dtype, zero_points: bool, seed: int
+    ) -> Weight:
+        """One to be timed: bytes as they come, and no ``exact``."""
+        weight = cls(1, group_size, group_size, dtype, "none", seed)
+        weight.N, weight.K = N, K
+        weight.qdata = torch.randint(0, 256, (N, K // 2), dtype=torch.uint8, device="cuda")
+        weight.scale = torch.rand(N, K // group_size, device="cuda").mul(0.01).to(dtype)
+        if zero_points:
+            weight.zero_point = torch.rand_like(weight.scale) * 15
+        return weight
+
 
 def linear_args(x: Tensor, weight: Weight, bias: Tensor | None, y: Tensor) -> _native.LinearArgs:
     """The struct of kernels/ops.h."""
-    parts = (x, weight.qdata, weight.scale, weight.zero_point, None, bias, y)
+    parts = (x, weight.qdata, weight.scale, weight.zero_point, weight.meta, bias, y)
     views = [_native.tensor_view(part) for part in parts]
-    return _native.LinearArgs(*views, weight.group_size, b"coalesced.v1", b"none", b"checked")
+    tag = weight.layout_tag.encode()
+    return _native.LinearArgs(*views, weight.group_size, tag, b"none", b"checked", weight.N)
 
 
 def scratch_for(args: _native.LinearArgs) -> Tensor:
@@ -160,7 +177,7 @@ class Checker:
         rounding = float((exact.to(x.dtype).double() - exact).norm())
         allowed = max(allowed, rounding, 1e-30)
         ratio = error / allowed
-        if weight.scale.numel() < TINY_GROUPS:
+        if weight.N * weight.K // weight.group_size < TINY_GROUPS:
             unit = float(exact.norm()) or 1.0
             self.squares = [
                 sum_ + (e / unit) ** 2
@@ -178,14 +195,20 @@ def random_x(M: int, K: int, dtype: torch.dtype, seed: int, mean: float = 0.0) -
     return (torch.randn(M, K, generator=generator, device="cuda") + mean).to(dtype)
 
 
-def check_shapes(checker: Checker, shapes: tuple, rows: tuple) -> None:
+def check_shapes(
+    checker: Checker,
+    shapes: tuple,
+    rows: tuple,
+    make: type[Weight] = Weight,
+    zero_points: tuple = ZERO_POINTS,
+) -> None:
     """Every shape x dtypes x zero points x M, with bias on every second."""
     seed = 0
     for N, K, group_size in shapes:
         wrong, checker.largest_ratio, checker.squares = checker.n_wrong, 0.0, [0.0, 0.0]
         for scale_dtype in SCALE_DTYPES:
-            for zero in ZERO_POINTS:
-                weight = Weight(N, K, group_size, scale_dtype, zero, seed)
+            for zero in zero_points:
+                weight = make(N, K, group_size, scale_dtype, zero, seed)
                 for dtype in DTYPES:
                     check_one_hot(checker, weight, dtype, zero)
                     for M in rows:
@@ -229,10 +252,10 @@ def check_one_hot(checker: Checker, weight: Weight, dtype: torch.dtype, zero: st
     checker.note(right, f"{self_text} {weight.scale.dtype} zero={zero}")
 
 
-def check_special(checker: Checker) -> None:
+def check_special(checker: Checker, make: type[Weight] = Weight, zero: str = "float32") -> None:
     """Odd addresses, large means, inf, repetition, graphs."""
     for dtype in DTYPES:
-        weight = Weight(515, 1088, 32, dtype, "float32", seed=3)
+        weight = make(515, 1088, 32, dtype, zero, seed=3)
         for M in (17, 64, 257):
             what = f"{dtype} M={M}"
             x = random_x(M, 1088, dtype, M)
@@ -251,7 +274,7 @@ def check_special(checker: Checker) -> None:
             checker.note(
                 alone and not bool(y[M // 2].isfinite().any()), f"inf in one row of x {what}"
             )
-    weight = Weight(1024, 2048, 128, torch.bfloat16, "none", seed=4)
+    weight = make(1024, 2048, 128, torch.bfloat16, "none", seed=4)
     for M in (32, 256):
         x = random_x(M, 2048, torch.bfloat16, 5)
         _, y = guarded(M, 1024, torch.bfloat16)
@@ -270,9 +293,9 @@ def check_special(checker: Checker) -> None:
             checker.note(
                 want is not None and torch.equal(y, want), f"M={M}: graph and eager differ"
             )
-    weight = Weight(8200, 512, 128, torch.float16, "whole", seed=8)
+    weight = make(8200, 512, 128, torch.float16, "none", seed=8)
     checker.compare(random_x(17, 512, torch.float16, 9), weight, None, "M=17 N=8200 K=512")
-    weight = Weight(40, 64, 32, torch.bfloat16, "none", seed=10)
+    weight = make(40, 64, 32, torch.bfloat16, "none", seed=10)
     checker.compare(random_x(70001, 64, torch.bfloat16, 11), weight, None, "M=70001")
 
 
@@ -295,23 +318,19 @@ def time_all(
     replays: int = 15,
     dtype: torch.dtype = torch.bfloat16,
     zero_points: bool = False,
+    make: type[Weight] = Weight,
 ) -> None:
     """Ours beside cuBLAS, in turns; microseconds a call and the ratio."""
     print(
-        f"us a call, {dtype}, group_size {group_size}, zero points {zero_points}; "
+        f"us a call, {make.layout_tag}, {dtype}, group_size {group_size}, "
+        f"zero points {zero_points}; "
         "ratio = cuBLAS / ours"
     )
     for N, K in shapes:
         copies = max(2, -(-ROTATED_BYTES // (N * K // 2)))
-        weights = []
-        for i in range(copies):
-            weight = Weight(1, group_size, group_size, dtype, "none", i)
-            weight.N, weight.K = N, K
-            weight.qdata = torch.randint(0, 256, (N, K // 2), dtype=torch.uint8, device="cuda")
-            weight.scale = torch.rand(N, K // group_size, device="cuda").mul(0.01).to(dtype)
-            if zero_points:
-                weight.zero_point = torch.rand_like(weight.scale) * 15
-            weights.append(weight)
+        weights = [
+            make.random(N, K, group_size, dtype, zero_points, seed) for seed in range(copies)
+        ]
         n_dense = max(2, -(-ROTATED_BYTES // (2 * N * K)))
         dense = [torch.randn(N, K, device="cuda", dtype=dtype) for _ in range(n_dense)]
         for M in rows:
