@@ -21,6 +21,8 @@ _MODULE_OF = {
     "read_marlin": "marlin_checkpoints",
     "read_marlin24": "marlin_checkpoints",
     "CudaCoalescedInt4Tensor": "tensors",
+    "CudaMarlinInt4Tensor": "tensors",
+    "CudaMarlin24Int4Tensor": "tensors",
     "CudaInt4Partitioner": "partitioner",
     "CudaInt4Backend": "preprocess",
     "export": "lowering",
@@ -39,12 +41,14 @@ if TYPE_CHECKING:
     from .preprocess import CudaInt4Backend
     from .prune import prune_24_
     from .quantize import Int4Config, prepare_, quantize_
-    from .tensors import CudaCoalescedInt4Tensor
+    from .tensors import CudaCoalescedInt4Tensor, CudaMarlin24Int4Tensor, CudaMarlinInt4Tensor
 
 __all__ = [
     "CudaCoalescedInt4Tensor",
     "CudaInt4Backend",
     "CudaInt4Partitioner",
+    "CudaMarlin24Int4Tensor",
+    "CudaMarlinInt4Tensor",
     "Int4Config",
     "__version__",
     "export",

@@ -10,6 +10,8 @@ from typing import Any
 
 from ._native import DEVICES, checksum, supported_ops
 from .blob import ConstantRecord, DelegateBlob, LinearRecord, is_blob, unpack_blob
+from .layouts import LAYOUTS
+from .marlin_layouts import padded_n
 from .nested_program import nested_name
 from .pte_file import ExecutorchFile, parse_program
 
@@ -31,9 +33,10 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
         - ``methods``: names, and ``constant_methods``: values by name
         - ``delegates``: per delegate ``method``, ``nbytes``, ``layout``, ``activation``,
           ``external_weights``, ``devices`` (those that it was exported for)
-        - ``weights``: per int4 weight ``name``, ``N``, ``K``, ``group_size``, ``layout_tag``,
-          ``activation``, ``zero_point`` and ``bias`` (whether it has one), ``nbytes`` (without the
-          bias), ``bits_per_weight``, ``keys`` (of its parts in the named data), ``delegate``
+        - ``weights``: per int4 weight ``name``, ``N``, ``padded_N`` (rows that are stored), ``K``,
+          ``group_size``, ``layout_tag``, ``activation``, ``zero_point`` and ``bias`` (whether it
+          has one), ``nbytes`` (without the bias), ``bits_per_weight`` (padding counted, of N * K
+          weights), ``keys`` (of its parts in the named data), ``delegate``
         - ``constants``: per constant ``name``, ``key``, ``dtype``, ``sizes``, ``nbytes``, ``file``
         - ``ops``: calls inside the delegates, by name; ``outside_ops``: calls outside
         - ``devices``: per device the ops inside the delegates that this build lacks there
@@ -196,6 +199,7 @@ def _weight_entry(linear: LinearRecord, blob: DelegateBlob, delegate: int) -> di
     return {
         "name": linear.name,
         "N": linear.N,
+        "padded_N": _stored_rows(linear),
         "K": linear.K,
         "group_size": linear.group_size,
         "layout_tag": linear.layout_tag,
@@ -207,6 +211,11 @@ def _weight_entry(linear: LinearRecord, blob: DelegateBlob, delegate: int) -> di
         "keys": {name: part.key for name, part in parts.items()},
         "delegate": delegate,
     }
+
+
+def _stored_rows(linear: LinearRecord) -> int:
+    layout = LAYOUTS.get(linear.layout_tag)
+    return padded_n(linear.N) if layout is not None and layout.pads_n else linear.N
 
 
 def _nested_plans(path: str, blob: DelegateBlob) -> list[Any]:

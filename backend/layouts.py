@@ -4,7 +4,8 @@ A tag is a name and a version (``coalesced.v1``). It fixes the order and the enc
 ``scale`` and ``zero_point``; a new order or encoding gets a new tag, never a reused one. This file
 knows nothing of torch: the index maps are plain arithmetic, on ints or on integer arrays.
 
-To add a layout: one entry in ``LAYOUTS``, a packer beside tensors.py, kernels in backend/kernels/.
+To add a layout: one entry in ``LAYOUTS``, a class in tensors.py, kernels in backend/kernels/, and a
+row of ``choose_auto`` once it is the fastest for some weights.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+
+from . import marlin_layouts
+from .marlin_layouts import MARLIN, MARLIN24
 
 PLAIN = "plain.v1"
 COALESCED = "coalesced.v1"
@@ -58,10 +62,13 @@ class Layout:
         tag: its name and version.
         runs: whether kernels read it; False for an interchange format.
         qdata_bit_offset: ``(n, k, N, K)`` to the first of the 4 bits of code (n, k), in bits from
-            the start of ``qdata``; bit b is bit ``b % 8`` of byte ``b // 8``.
+            the start of ``qdata``; bit b is bit ``b % 8`` of byte ``b // 8``. Of a sparse layout, k
+            counts the codes kept.
         scale_index: ``(n, g, N, n_groups)`` to the element of ``scale`` and of ``zero_point``.
         qdata_shape: ``(N, K)`` to the shape of ``qdata``, uint8.
         scale_shape: ``(N, n_groups)`` to the shape of ``scale`` and of ``zero_point``.
+        pads_n: whether N is padded to whole tiles; the op then needs ``out_features``.
+        is_sparse: whether it keeps 2 codes of 4, their places in ``meta``, and no zero points.
     """
 
     tag: str
@@ -70,6 +77,8 @@ class Layout:
     scale_index: Callable[[int, int, int, int], int]
     qdata_shape: Callable[[int, int], tuple[int, ...]]
     scale_shape: Callable[[int, int], tuple[int, ...]]
+    pads_n: bool = False
+    is_sparse: bool = False
 
 
 def _row_major_bit_offset(n: int, k: int, N: int, K: int) -> int:
@@ -96,6 +105,27 @@ LAYOUTS: dict[str, Layout] = {
             scale_index=lambda n, g, N, n_groups: n * n_groups + g,
             qdata_shape=lambda N, K: (N, K // 2),
             scale_shape=lambda N, n_groups: (N, n_groups),
+        ),
+        # Fragments of tensor core instructions, 16 bytes a lane; marlin_layouts.py.
+        Layout(
+            tag=MARLIN,
+            runs=True,
+            qdata_bit_offset=marlin_layouts.marlin_bit_offset,
+            scale_index=marlin_layouts.marlin_scale_index,
+            qdata_shape=lambda N, K: marlin_layouts.qdata_shape(MARLIN, N, K),
+            scale_shape=marlin_layouts.scale_shape,
+            pads_n=True,
+        ),
+        # The same of 2:4 sparse instructions: half of the codes.
+        Layout(
+            tag=MARLIN24,
+            runs=True,
+            qdata_bit_offset=marlin_layouts.marlin24_bit_offset,
+            scale_index=marlin_layouts.marlin24_scale_index,
+            qdata_shape=lambda N, K: marlin_layouts.qdata_shape(MARLIN24, N, K),
+            scale_shape=marlin_layouts.scale_shape,
+            pads_n=True,
+            is_sparse=True,
         ),
     )
 }
@@ -140,26 +170,75 @@ def check_tag(tag: object, *, who: str = "layout_tag", interchange: bool = False
     )
 
 
-def choose_layout(layout: str, N: int, K: int, group_size: int) -> str:
-    """The tag for one weight: ``"auto"``, a layout's name, or a full tag.
+@dataclass(frozen=True)
+class WeightForm:
+    """What the choice of a layout may depend on.
 
-    Every accepted shape fits ``coalesced.v1``, so today ``"auto"`` is that.
+    Attributes:
+        N, K, group_size: sizes of the weight.
+        is_symmetric: it has no zero points.
+        is_24: at most 2 of every 4 consecutive weights of a row are not zero. May be a function,
+            called only if the choice comes to depend on it.
+        activation: ``"none"`` or ``"int8"``.
+    """
+
+    N: int
+    K: int
+    group_size: int
+    is_symmetric: bool
+    is_24: bool | Callable[[], bool]
+    activation: str = "none"
+
+
+def choose_auto(form: WeightForm) -> str:
+    """The layout that ``"auto"`` means for one weight; its table with the reasons: docs/layouts.md.
+
+    A symmetric weight that is 2:4 already goes to ``marlin24.v1``: three quarters of the bytes. Any
+    other goes to ``coalesced.v1``, which every kernel reads and which needs no padding.
+    """
+    if form.is_symmetric and (form.is_24() if callable(form.is_24) else form.is_24):
+        return MARLIN24
+    return COALESCED
+
+
+def check_layout(layout: object) -> str:
+    """What the option ``layout`` may say: ``"auto"``, a layout's name, or a full tag.
+
+    Returns:
+        ``"auto"`` or a tag that runs.
 
     Raises:
-        ValueError: no layout of that name runs, or the shape does not fit it.
+        ValueError: no layout of that name runs.
     """
-    check_shape(N, K, group_size, who="layout")
     if layout == "auto":
-        return COALESCED
+        return "auto"
     by_name = {LayoutTag.parse(tag).name: tag for tag in RUNNABLE}
     if layout in by_name:
-        return by_name[layout]
+        return by_name[layout]  # type: ignore[index]
     if isinstance(layout, str) and "." in layout:
         return check_tag(layout, who="layout").tag
     raise ValueError(
         f"layout: expected 'auto' or one of {', '.join(map(repr, by_name))}, got {layout!r}; "
-        "'auto' picks by shape"
+        "'auto' picks for each weight"
     )
+
+
+def choose_layout(layout: str, form: WeightForm, *, who: str = "layout") -> str:
+    """The tag for one weight: what ``layout`` says, or what ``"auto"`` picks.
+
+    Raises:
+        ValueError: no layout of that name runs, or the weight does not fit it.
+    """
+    check_shape(form.N, form.K, form.group_size, who=who)
+    tag = check_layout(layout)
+    if tag == "auto":
+        return choose_auto(form)
+    if LAYOUTS[tag].is_sparse and not form.is_symmetric:
+        raise ValueError(
+            f"{who}: expected a symmetric weight for {tag}, got one with zero points; 2:4 kernels "
+            "know none: quantise with Int4Config(symmetric=True), or choose another layout"
+        )
+    return tag
 
 
 def check_shape(N: int, K: int, group_size: int, *, who: str) -> None:

@@ -20,7 +20,7 @@ from .preprocess import check_constants
 from .progress import progress
 from .quantize import prepare_
 from .seal import seal_file
-from .tensors import CudaCoalescedInt4Tensor
+from .tensors import CudaInt4Tensor
 
 logger = logging.getLogger(__name__)
 _STEPS = 4
@@ -83,7 +83,7 @@ def export(
     training = [module for module in model.modules() if module.training]
     with progress(f"export {target.name}", _STEPS) as advance, torch.no_grad():
         prepare_(model)
-        if not any(isinstance(p, CudaCoalescedInt4Tensor) for p in model.parameters()):
+        if not any(isinstance(p, CudaInt4Tensor) for p in model.parameters()):
             logger.warning(
                 "export: expected a model with int4 weights, %s has none and is written as it is; "
                 "call cuda_int4.quantize_ on it first",

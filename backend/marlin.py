@@ -59,7 +59,10 @@ class MarlinInt4:
 
     def __post_init__(self) -> None:
         """Check the parts; every code of every byte is valid."""
-        _check_parts(MARLIN, self)
+        check_marlin_parts(
+            MARLIN, self.shape, self.group_size, self.qdata, self.scale, zero_point=self.zero_point,
+            act_pre_scale=self.act_pre_scale, who=type(self).__name__,
+        )  # fmt: skip
         if self.dtype is None:
             object.__setattr__(self, "dtype", self.scale.dtype)
 
@@ -121,7 +124,10 @@ class Marlin24Int4:
 
     def __post_init__(self) -> None:
         """Check the parts; the values of meta are looked at by unpack and by check_values."""
-        _check_parts(MARLIN24, self)
+        check_marlin_parts(
+            MARLIN24, self.shape, self.group_size, self.qdata, self.scale, meta=self.meta,
+            act_pre_scale=self.act_pre_scale, who=type(self).__name__,
+        )  # fmt: skip
         if self.dtype is None:
             object.__setattr__(self, "dtype", self.scale.dtype)
 
@@ -166,7 +172,7 @@ class Marlin24Int4:
         Raises:
             ValueError: one is not two places in order; the message has row and columns.
         """
-        check_meta(_untile_meta(self.meta), who=who)
+        check_marlin24_meta(self.meta, who=who)
 
 
 # ---- codes ----
@@ -226,6 +232,13 @@ def _tile_meta(meta: Tensor) -> Tensor:
     return split.permute(tile, R, b1, o, b0, c0, b2).reshape(n_tiles, 2 * Np)
 
 
+def _is_ordered(meta: Tensor) -> bool:
+    """Whether all four ``first | second << 2`` of every word have first < second."""
+    first1, second0, second1 = meta >> 1, meta >> 2, meta >> 3
+    less = (second1 & ~first1) | (~(second1 ^ first1) & second0 & ~meta)
+    return bool((less & 0x1111).eq(0x1111).all())
+
+
 def _untile_meta(tiles: Tensor) -> Tensor:
     """The inverse of :func:`_tile_meta`."""
     n_tiles, Np = tiles.shape[0], tiles.shape[1] // 2
@@ -265,23 +278,51 @@ def _first_rows(rows: Tensor, N: int) -> Tensor:
 # ---- checks ----
 
 
-def _check_parts(tag: str, weight: MarlinInt4 | Marlin24Int4) -> None:
-    who, (N, K), group_size = type(weight).__name__, weight.shape, weight.group_size
+def check_marlin24_meta(meta: Tensor, *, who: str) -> None:
+    """Refuse ``meta`` int16 [K/32, 2*Np] that names what are not two places in order.
+
+    Raises:
+        ValueError: with the first row and its columns.
+    """
+    if not _is_ordered(meta):
+        check_meta(_untile_meta(meta), who=who)
+
+
+def check_marlin_parts(
+    tag: str,
+    shape: tuple[int, ...],
+    group_size: int,
+    qdata: Tensor,
+    scale: Tensor,
+    *,
+    meta: Tensor | None = None,
+    zero_point: Tensor | None = None,
+    act_pre_scale: Tensor | None = None,
+    who: str,
+) -> None:
+    """Check shapes, dtypes, devices and strides of parts in ``marlin.v1`` or ``marlin24.v1``.
+
+    Raises:
+        ValueError: one disagrees; the message says which.
+    """
+    if len(shape) != 2:
+        raise ValueError(f"{who}: expected shape (N, K), got {tuple(shape)}; a weight is 2-D")
+    N, K = shape
     check_shape(N, K, group_size, who=who)
     scale_shape = marlin_layouts.scale_shape(N, K // group_size)
     qdata_shape = marlin_layouts.qdata_shape(tag, N, K)
     expected: list[tuple[str, Tensor, tuple[torch.dtype, ...], tuple[int, ...]]] = [
-        ("qdata", weight.qdata, (torch.uint8,), qdata_shape),
-        ("scale", weight.scale, SCALE_DTYPES, scale_shape),
+        ("qdata", qdata, (torch.uint8,), qdata_shape),
+        ("scale", scale, SCALE_DTYPES, scale_shape),
     ]
-    if isinstance(weight, Marlin24Int4):
-        expected.append(("meta", weight.meta, (torch.int16,), marlin_layouts.meta_shape(N, K)))
-    elif weight.zero_point is not None:
-        dtypes = tuple({weight.scale.dtype: 0, torch.float32: 0})
-        expected.append(("zero_point", weight.zero_point, dtypes, scale_shape))
-    if weight.act_pre_scale is not None:
-        shape = (1,) if weight.act_pre_scale.numel() == 1 else (K,)
-        expected.append(("act_pre_scale", weight.act_pre_scale, SCALE_DTYPES, shape))
+    if meta is not None:
+        expected.append(("meta", meta, (torch.int16,), marlin_layouts.meta_shape(N, K)))
+    if zero_point is not None:
+        dtypes = tuple({scale.dtype: 0, torch.float32: 0})
+        expected.append(("zero_point", zero_point, dtypes, scale_shape))
+    if act_pre_scale is not None:
+        per_k = (1,) if act_pre_scale.numel() == 1 else (K,)
+        expected.append(("act_pre_scale", act_pre_scale, SCALE_DTYPES, per_k))
     for name, part, dtypes, part_shape in expected:
         if part.dtype not in dtypes or tuple(part.shape) != part_shape:
             raise ValueError(
@@ -290,9 +331,9 @@ def _check_parts(tag: str, weight: MarlinInt4 | Marlin24Int4) -> None:
                 f"group_size={group_size}, got {describe(part)}; the parts are of another weight "
                 f"or in another order than {tag}"
             )
-        if part.device != weight.qdata.device or not part.is_contiguous():
+        if part.device != qdata.device or not part.is_contiguous():
             raise ValueError(
-                f"{who}: expected {name} contiguous on {weight.qdata.device}, where qdata is, got "
+                f"{who}: expected {name} contiguous on {qdata.device}, where qdata is, got "
                 f"strides {tuple(part.stride())} on {part.device}; move it there, and call "
                 ".contiguous() on it"
             )

@@ -4,10 +4,9 @@
     read_marlin24    B_24, B_meta, s    the same, "marlin_24"; compressed-tensors "marlin-24" has
                                         weight_packed, meta, scale_packed
 
-Both return the packed form without moving a byte; ``.unpack()`` makes it canonical. To run one:
+Both return a tensor that runs, without moving a byte:
 
-    weight = CudaCoalescedInt4Tensor.from_int4(read_marlin24(B_24, B_meta, s).unpack())
-    linear.weight = nn.Parameter(weight, requires_grad=False)
+    linear.weight = nn.Parameter(read_marlin24(B_24, B_meta, s), requires_grad=False)
 
 4 bits and symmetric only, which is what these formats are. A checkpoint with act_order
 (``desc_act``, a ``g_idx`` that is not sorted) needs x permuted as well: it has more fields than
@@ -20,30 +19,39 @@ import torch
 from torch import Tensor
 
 from .layouts import check_shape
-from .marlin import Marlin24Int4, MarlinInt4
+from .marlin import check_marlin24_meta
 from .marlin_layouts import K_TILE, MARLIN, MARLIN24, N_TILE
 from .packing import SCALE_DTYPES, describe
+from .tensors import CudaMarlin24Int4Tensor, CudaMarlinInt4Tensor
 
 _INT32 = (torch.int32, torch.uint32)
 _INT16 = (torch.int16, torch.uint16)
 
 
 def read_marlin(
-    B: Tensor, s: Tensor, *, dtype: torch.dtype | None = None, who: str = "weight"
-) -> MarlinInt4:
+    B: Tensor,
+    s: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    activation: str = "none",
+    who: str = "weight",
+) -> CudaMarlinInt4Tensor:
     """Read the fields of a dense Marlin weight [N, K].
 
     Args:
         B: int32 or uint32 [K/16, 2*N], eight codes to a word.
         s: float16 or bfloat16 (or float32) [K/group_size, N], permuted as Marlin has them.
         dtype: what the weight stands in for; default the dtype of s.
+        activation: ``"none"`` (w4a16) or ``"int8"`` (w4a8).
         who: its name, for messages.
 
     Raises:
         ValueError: the fields contradict each other, or are of another format.
     """
     N, K, group_size = _sizes(MARLIN, "B", B, s, who)
-    return MarlinInt4(_bytes(B), s.contiguous(), None, group_size, (N, K), None, dtype or s.dtype)
+    return CudaMarlinInt4Tensor(
+        _bytes(B), s.contiguous(), group_size, MARLIN, activation, (N, K), dtype or s.dtype
+    )
 
 
 def read_marlin24(
@@ -52,8 +60,9 @@ def read_marlin24(
     s: Tensor,
     *,
     dtype: torch.dtype | None = None,
+    activation: str = "none",
     who: str = "weight",
-) -> Marlin24Int4:
+) -> CudaMarlin24Int4Tensor:
     """Read the fields of a 2:4 sparse Marlin weight [N, K]; every place in B_meta is looked at.
 
     Args:
@@ -61,6 +70,7 @@ def read_marlin24(
         B_meta: int16 or uint16, [K/32, 2*N] or the same bytes as [N, K/16]; the places of the kept.
         s: float16 or bfloat16 (or float32) [K/group_size, N], permuted as Sparse-Marlin has them.
         dtype: what the weight stands in for; default the dtype of s.
+        activation: ``"none"`` (w4a16) or ``"int8"`` (w4a8).
         who: its name, for messages.
 
     Raises:
@@ -74,11 +84,11 @@ def read_marlin24(
             f"{describe(B_meta)}; the fields are of two weights, or not of the format marlin_24"
         )
     meta = B_meta.contiguous().view(torch.int16).view(K // 32, 2 * N)
-    packed = Marlin24Int4(
-        _bytes(B_24), meta, s.contiguous(), group_size, (N, K), None, dtype or s.dtype
-    )
-    packed.check_values(who=who)
-    return packed
+    check_marlin24_meta(meta, who=who)
+    return CudaMarlin24Int4Tensor(
+        _bytes(B_24), meta, s.contiguous(), group_size, MARLIN24, activation, (N, K),
+        dtype or s.dtype,
+    )  # fmt: skip
 
 
 def _sizes(tag: str, name: str, B: Tensor, s: Tensor, who: str) -> tuple[int, int, int]:

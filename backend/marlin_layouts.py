@@ -11,10 +11,9 @@ for bit those of GPTQ "marlin" and compressed-tensors "marlin-24" checkpoints.
                 order of scale and, as everywhere here, a float in units of q
     meta        2:4 only: [K/32, 2*Np] words of 16 bits; 4 bits for each 4 weights along K
 
-The maps are plain arithmetic, on ints or on integer arrays, as in layouts.py. They are not rows of
-``layouts.LAYOUTS`` yet: a row there is either run by the runtime or an interchange format, and
-these are neither until there are kernels. ``marlin.v1`` needs no more than its row; ``marlin24.v1``
-keeps half of the codes, so its ``qdata`` map takes kc, the place of a kept code along K/2.
+The maps are plain arithmetic, on ints or on integer arrays, as in layouts.py, whose rows they are.
+``marlin24.v1`` keeps half of the codes: its ``qdata`` map takes kc, the place of a kept code along
+K/2.
 """
 
 from __future__ import annotations

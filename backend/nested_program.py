@@ -19,7 +19,6 @@ preprocess.py and pte_file.py are named there; no other file uses any.
 from __future__ import annotations
 
 import hashlib
-import re
 import warnings
 from dataclasses import dataclass
 
@@ -48,7 +47,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from .passes.graph import args_of, calls, constant_name, edge_op, is_constant, op_of
-from .passes.int4_linear import linear_args
+from .passes.int4_linear import linear_args, weight_name
 from .passes.widen_index_put import fits_in_place
 
 _RENAMED_NAMESPACES = ("aten", "dim_order_ops")
@@ -221,11 +220,6 @@ def _roles(program: ExportedProgram) -> list[_Role]:
         name, tag, part = parts.get(node.name, dense)
         roles.append(_Role(node.name, name, tag, part, constant=True))
     return roles
-
-
-def weight_name(program: ExportedProgram, linear: Node) -> str:
-    """The name of an int4 linear's weight, ``"layers.0.wq.weight"``, from that of its qdata."""
-    return re.sub(r"\.qdata(_\d+)?$", "", constant_name(program, args_of(linear)[1]))
 
 
 def _extract_constants(

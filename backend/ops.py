@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from . import _native
+from .layouts import LAYOUTS
 
 _SCHEMAS = {
     "linear": "Tensor x, Tensor qdata, Tensor scale, Tensor? zero_point, Tensor? meta, "
@@ -66,8 +67,15 @@ def _linear_shape(
     activation: str,
     out_features: int | None = None,
 ) -> list:
-    # Rows of qdata are output features, unless the layout has another order, which then pads N.
-    return [*x.shape[:-1], qdata.shape[0] if out_features is None else out_features]
+    if out_features is None:
+        layout = LAYOUTS.get(layout_tag)
+        if layout is not None and layout.pads_n:
+            raise ValueError(
+                f"cuda_int4.linear: expected out_features with a weight in {layout_tag}, which "
+                "pads N to whole tiles, got None; state the N of the weight"
+            )
+        out_features = qdata.shape[0]
+    return [*x.shape[:-1], out_features]
 
 
 _OUT_SHAPES: dict[str, Callable[..., list]] = {

@@ -15,22 +15,33 @@ SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SYMMETRIC_ZERO_POINT = 8.0
 
 
-def dequantize_rows(
-    qdata: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: int, dtype: torch.dtype
-) -> Tensor:
-    """``(q - zero_point) * scale`` of any rows: qdata [..., K/2], scale [..., n_groups].
+def unpack_rows(qdata: Tensor) -> Tensor:
+    """Codes 0..15 of any rows as float32 [..., K]: qdata [..., K/2].
 
     Written in float arithmetic, exact for bytes, so that an exported embedding lookup needs no
     bitwise kernel.
     """
-    compute = torch.promote_types(dtype, torch.float32)
-    byte = qdata.to(compute)
+    byte = qdata.to(torch.float32)
     high = torch.floor(byte * 0.0625)
-    q = torch.stack([byte - high * 16, high], dim=-1)
-    groups = q.reshape(*scale.shape, group_size)
+    return torch.stack([byte - high * 16, high], dim=-1).reshape(*qdata.shape[:-1], -1)
+
+
+def dequantize_codes(
+    q: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: int, dtype: torch.dtype
+) -> Tensor:
+    """``(q - zero_point) * scale`` of any rows: codes [..., K], float; scale [..., n_groups]."""
+    compute = torch.promote_types(dtype, torch.float32)
+    groups = q.to(compute).reshape(*scale.shape, group_size)
     zero = SYMMETRIC_ZERO_POINT if zero_point is None else zero_point.to(compute).unsqueeze(-1)
     w = (groups - zero) * scale.to(compute).unsqueeze(-1)
-    return w.reshape(*qdata.shape[:-1], qdata.shape[-1] * 2).to(dtype)
+    return w.reshape(q.shape).to(dtype)
+
+
+def dequantize_rows(
+    qdata: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: int, dtype: torch.dtype
+) -> Tensor:
+    """``(q - zero_point) * scale`` of any rows: qdata [..., K/2], scale [..., n_groups]."""
+    return dequantize_codes(unpack_rows(qdata), scale, zero_point, group_size, dtype)
 
 
 def pack_nibbles(q: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ from torch.fx.passes.infra.partitioner import CapabilityBasedPartitioner
 from torch.fx.passes.operator_support import OperatorSupportBase
 
 from ._native import DTYPE_NUMBERS, EXPORT_DEVICES, supported_ops
-from .layouts import ACTIVATIONS, choose_layout
+from .layouts import ACTIVATIONS, check_layout
 from .nested_program import operator_name
 from .passes import resolve_attention, resolve_dim_order, resolve_rms_norm, resolve_silu
 from .passes.graph import calls, edge_op, input_spec, is_constant, op_of
@@ -100,7 +100,7 @@ class CudaInt4Partitioner(Partitioner):
         devices: Sequence[str] = EXPORT_DEVICES,
     ):
         super().__init__()
-        choose_layout(layout, 1, 32, 32)  # refuses a name that no layout has
+        check_layout(layout)  # refuses a name that no layout has
         if activation not in ACTIVATIONS:
             raise ValueError(
                 f"CudaInt4Partitioner: expected activation in {ACTIVATIONS}, got {activation!r}; "

@@ -29,11 +29,11 @@ from .blob import (
     pack_blob,
 )
 from .layouts import check_tag
-from .nested_program import NestedProgram, emit_nested_program, nested_name, weight_name
+from .nested_program import NestedProgram, emit_nested_program, nested_name
 from .packing import describe
 from .passes import run_passes
 from .passes.graph import calls, is_constant
-from .passes.int4_linear import linear_args
+from .passes.int4_linear import linear_args, weight_name
 
 
 def encode_specs(**values: str) -> list[CompileSpec]:

@@ -13,11 +13,11 @@ from torchao.quantization import IntxUnpackedToInt8Tensor
 from torchao.utils import TorchAOBaseTensor
 
 from .int4 import CanonicalInt4, Convention, has_convention, is_readable, read_int4
-from .layouts import ACTIVATIONS, GROUP_SIZES, K_MULTIPLE, check_shape, choose_layout
+from .layouts import ACTIVATIONS, GROUP_SIZES, LAYOUTS, check_layout, check_shape
 from .packing import SCALE_DTYPES, describe, pack_nibbles
 from .progress import progress
 from .solvers import hqq, min_max
-from .tensors import CudaCoalescedInt4Tensor
+from .tensors import CudaInt4Tensor, pack_int4
 
 _SOLVERS = {"min_max": min_max, "hqq": hqq}
 _CHUNK_WEIGHTS = 1 << 20  # of one weight at a time in float32: some 40 MB beside the model
@@ -33,7 +33,8 @@ class Int4Config:
         group_size: weights along K that share a scale: 32, 64, 128, 256, or -1 for one per row.
         symmetric: no zero points (all 8); False costs 2 bytes per group and fits skewed weights.
         method: ``"min_max"`` or ``"hqq"`` (slower, lower error); see solvers.py.
-        layout: ``"auto"``, or the name or tag of a layout such as ``"coalesced"``.
+        layout: order of the weights in memory: ``"auto"`` picks for each weight, ``"coalesced"``,
+            ``"marlin"`` or ``"marlin24"`` (weights that are 2:4: see ``prune_24_``), or a full tag.
         activation: ``"none"`` (w4a16) or ``"int8"`` (w4a8).
         scale_dtype: of scales and zero points; None: that of the weight.
     """
@@ -62,7 +63,12 @@ class Int4Config:
                     f"Int4Config: expected {name} in {', '.join(map(repr, known))}, got {value!r}; "
                     "choose one of them"
                 )
-        choose_layout(self.layout, 1, K_MULTIPLE, K_MULTIPLE)
+        tag = check_layout(self.layout)
+        if tag != "auto" and LAYOUTS[tag].is_sparse and not self.symmetric:
+            raise ValueError(
+                f"Int4Config: expected symmetric=True with layout {self.layout!r}, got False; 2:4 "
+                "kernels know no zero points: leave symmetric as it is, or choose another layout"
+            )
 
 
 def quantize_(
@@ -134,7 +140,7 @@ def quantize_weight(
     *,
     who: str = "weight",
     advance: Callable[[int], None] = lambda n: None,
-) -> CudaCoalescedInt4Tensor:
+) -> CudaInt4Tensor:
     """Quantise one float weight [N, K]; a few rows at a time, so that little memory is needed.
 
     Args:
@@ -144,12 +150,12 @@ def quantize_weight(
         advance: called with the number of weights done since the last call.
 
     Raises:
-        ValueError: the shape does not fit ``config``, or a value is not finite.
+        ValueError: the shape does not fit ``config``, a value is not finite, or the weight is not
+            2:4 and the layout needs it.
     """
     N, K = weight.shape
     group_size = K if config.group_size == -1 else config.group_size
     check_shape(N, K, group_size, who=who)
-    choose_layout(config.layout, N, K, group_size)
     n_groups = K // group_size
     scale_dtype = config.scale_dtype or weight.dtype
     qdata = torch.empty(N, K // 2, dtype=torch.uint8, device=weight.device)
@@ -178,13 +184,14 @@ def quantize_weight(
             "torch.bfloat16"
         )
     canonical = CanonicalInt4(qdata, scale, zero_point, group_size, None, weight.dtype)
-    return CudaCoalescedInt4Tensor.from_int4(canonical, config.activation, who=who)
+    return pack_int4(canonical, config.layout, config.activation, who=who)
 
 
 def prepare_(
     model: nn.Module,
     *,
     convention: Convention | None = None,
+    layout: str = "coalesced",
     activation: Literal["none", "int8"] = "none",
     scale_dtype: torch.dtype | None = None,
 ) -> nn.Module:
@@ -192,7 +199,7 @@ def prepare_(
 
     Reads torchao ``Int4Tensor`` (both conventions), ``IntxUnpackedToInt8Tensor`` of int4, and
     executorch's ``ExportableInt4Tensor`` and GGUF Q4_K tensors. All become
-    :class:`CudaCoalescedInt4Tensor`, not ``ExportableInt4Tensor``: that one has no place for
+    :class:`CudaInt4Tensor`, not ``ExportableInt4Tensor``: that one has no place for
     ``act_pre_scale``, and its embedding dequantises the whole table. Weights that are such already,
     float weights and quantised weights that are not int4 are left alone. No value changes, unless
     ``scale_dtype`` asks for it. Shared weights stay shared.
@@ -203,6 +210,8 @@ def prepare_(
     Args:
         model: as a quantiser or loader left it.
         convention: of every Int4Tensor, where you know better than the dtype of its qdata.
+        layout: of the weights converted here, as in :class:`Int4Config`. The partitioner chooses
+            again for what is ``"coalesced"``.
         activation: ``"none"`` (w4a16) or ``"int8"`` (w4a8), for the weights converted here.
         scale_dtype: round scales and zero points to this dtype. GGUF's need float32 to be exact;
             torch.bfloat16 makes Q4_K weights 5 bits each in place of 6.
@@ -216,6 +225,7 @@ def prepare_(
             f"prepare_: expected activation in {ACTIVATIONS} and scale_dtype None or one of "
             f"{SCALE_DTYPES}, got {activation!r} and {scale_dtype!r}; choose one of them"
         )
+    check_layout(layout)
     uses = {key: users for key, users in uses_by_weight(model).items() if _is_int4(users[0].get())}
     for users in uses.values():
         for use in users:
@@ -227,7 +237,7 @@ def prepare_(
             canonical = read_int4(weight, stated, who=who)
             if scale_dtype is not None:
                 canonical = canonical.with_scale_dtype(scale_dtype, who=who)
-            _replace(users, CudaCoalescedInt4Tensor.from_int4(canonical, activation, who=who))
+            _replace(users, pack_int4(canonical, layout, activation, who=who))
             advance(1)
     return model
 
@@ -315,7 +325,7 @@ def _float_weight(module: nn.Module, name: str, config: Int4Config) -> Tensor:
 
 def _is_int4(weight: Tensor) -> bool:
     """Whether prepare_ must read this weight, or refuse it."""
-    if isinstance(weight, CudaCoalescedInt4Tensor):
+    if isinstance(weight, CudaInt4Tensor):
         return False
     if isinstance(weight, IntxUnpackedToInt8Tensor):
         return str(weight.target_dtype) == "torch.int4"

@@ -112,9 +112,9 @@ def test_export_then_inspect(script, tmp_path):
           get_answer: 42
 
         int4 weights: 2, 0.00 MB
-          name      N   K  group_size  layout_tag    activation  nbytes  bits_per_weight
-          0.weight  32  64          32  coalesced.v1  none          1536            6.000
-          2.weight   8  32          32  coalesced.v1  none           192            6.000
+          name      N   padded_N  K  group_size  layout_tag    activation  nbytes  bits_per_weight
+          0.weight  32        32  64          32  coalesced.v1  none          1536            6.000
+          2.weight   8         8  32          32  coalesced.v1  none           192            6.000
 
         ops in the delegate:
           calls  op

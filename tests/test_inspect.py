@@ -78,15 +78,17 @@ constant_methods: {"get_eos_ids": [2, 3], "use_kv_cache": true, "get_max_seq_len
 delegates: [{"method": "forward", "layout": "auto", "activation": "none", "external_weights":
     "", "devices": "cpu,cuda"}]
 weights:
-- {"name": "up.weight", "N": 32, "K": 64, "group_size": 32, "layout_tag": "coalesced.v1",
-    "activation": "none", "zero_point": true, "bias": true, "nbytes": 1280, "bits_per_weight":
-    5.0, "keys": {"qdata": "cuda_int4/coalesced.v1/qdata/6ba3347e8e47feabf6cfdcdd03897fb3",
-    "scale": "cuda_int4/coalesced.v1/scale/51c4178b8898b33930d900fd5ece270f", "zero_point":
+- {"name": "up.weight", "N": 32, "padded_N": 32, "K": 64, "group_size": 32, "layout_tag":
+    "coalesced.v1", "activation": "none", "zero_point": true, "bias": true, "nbytes": 1280,
+    "bits_per_weight": 5.0, "keys": {"qdata":
+    "cuda_int4/coalesced.v1/qdata/6ba3347e8e47feabf6cfdcdd03897fb3", "scale":
+    "cuda_int4/coalesced.v1/scale/51c4178b8898b33930d900fd5ece270f", "zero_point":
     "cuda_int4/coalesced.v1/zero_point/80e038d3611021c235778324641cb39e"}, "delegate": 0}
-- {"name": "down.weight", "N": 8, "K": 32, "group_size": 32, "layout_tag": "coalesced.v1",
-    "activation": "int8", "zero_point": false, "bias": false, "nbytes": 144, "bits_per_weight":
-    4.5, "keys": {"qdata": "cuda_int4/coalesced.v1/qdata/5dc73a624f373a5a4ee2883205a63779",
-    "scale": "cuda_int4/coalesced.v1/scale/7d86fe1c52a8c4818d2db9cc3e551318"}, "delegate": 0}
+- {"name": "down.weight", "N": 8, "padded_N": 8, "K": 32, "group_size": 32, "layout_tag":
+    "coalesced.v1", "activation": "int8", "zero_point": false, "bias": false, "nbytes": 144,
+    "bits_per_weight": 4.5, "keys": {"qdata":
+    "cuda_int4/coalesced.v1/qdata/5dc73a624f373a5a4ee2883205a63779", "scale":
+    "cuda_int4/coalesced.v1/scale/7d86fe1c52a8c4818d2db9cc3e551318"}, "delegate": 0}
 constants:
 - {"name": "up.bias", "key": "cuda_int4/coalesced.v1/bias/3eb7ba71f9da8a2de923ef359ab97c7c",
     "dtype": "bfloat16", "sizes": [32], "nbytes": 64, "file": "whole.pte"}
@@ -188,13 +190,13 @@ changed.pte: expected a .pte or .ptd file, got 40 bytes; it is truncated; export
 changed.pte: expected 8976 bytes, got 8908; it is truncated or damaged; export it again
 changed.pte: expected 8976 bytes, got 8975; it is truncated or damaged; export it again
 changed.pte: expected 8976 bytes, got 8977; it is truncated or damaged; export it again
-changed.pte: expected a seal over 8976 bytes with checksum 692932dd, got one over 8976 with
-    40438745; the file is truncated or damaged, export it again
+changed.pte: expected a seal over 8976 bytes with checksum 12b523d5, got one over 8976 with
+    3bdf964d; the file is truncated or damaged, export it again
 changed.pte: expected a CudaInt4Backend delegate, got none; lower the model with
     CudaInt4Partitioner
 changed.pte: up.weight.qdata: expected 1024 bytes with checksum 0de41bb9, got 1024 bytes with
     3d921ef7; the file is damaged, export it again
-changed.pte: delegate blob: expected checksum 6ddd485e, got 8484a31c; the file is damaged,
+changed.pte: delegate blob: expected checksum 0ec41bc5, got 6bda4522; the file is damaged,
     export it again
 apart.ptd: expected a seal over 2448 bytes with checksum d5e438c7, got one over 2448 with
     d5e438c7; the file is truncated or damaged, export it again

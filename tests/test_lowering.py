@@ -208,7 +208,7 @@ def test_messages(tmp_path):
         message(cuda_int4.export, model, (x,), tmp_path / "none" / "model.pte"),
         message(cuda_int4.export, model, (x,), folder),
         message(cuda_int4.export, program, (x,), tmp_path / "model.pte"),
-        message(cuda_int4.export, model, (x,), tmp_path / "model.pte", layout="marlin"),
+        message(cuda_int4.export, model, (x,), tmp_path / "model.pte", layout="zigzag"),
     )
     assert_expected_inline(
         folded(*(m.replace(str(tmp_path), "folder") for m in messages)),
@@ -219,7 +219,8 @@ export: expected the name of a file, got the folder folder/folder.pte; add a nam
 export: expected an nn.Module, got ExportedProgram; lower an ExportedProgram with
     to_edge_transform_and_lower(program, partitioner=[CudaInt4Partitioner()]), and write it with
     cuda_int4.save
-layout: expected 'auto' or one of 'coalesced', got 'marlin'; 'auto' picks by shape""",
+layout: expected 'auto' or one of 'coalesced', 'marlin', 'marlin24', got 'zigzag'; 'auto' picks
+    for each weight""",
     )
     assert list(tmp_path.iterdir()) == [folder] and not list(folder.iterdir())
 

@@ -17,6 +17,7 @@ from cuda_int4.marlin import Marlin24Int4, MarlinInt4
 from cuda_int4.marlin_checkpoints import read_marlin, read_marlin24
 from cuda_int4.packing import pack_nibbles, unpack_nibbles
 from cuda_int4.sparse24 import compress_24, is_24
+from cuda_int4.tensors import CudaMarlinInt4Tensor
 from marlin_cases import SHAPES, codes, codes_24, weight
 from messages import folded, message
 
@@ -322,7 +323,9 @@ def test_a_checkpoint_of_others_reads_as_what_it_was_made_from(group_size):
     packed = MarlinInt4.pack(dense)
     B = packed.qdata.view(torch.int32)
     assert B.shape == (256 // 16, 2 * 128)
-    assert_same(read_marlin(B, packed.scale), packed)
+    read = read_marlin(B, packed.scale)
+    assert isinstance(read, CudaMarlinInt4Tensor) and read.layout_tag == "marlin.v1"
+    assert torch.equal(read.qdata, packed.qdata) and torch.equal(read.scale, packed.scale)
     assert read_marlin(B, packed.scale).qdata.data_ptr() == B.data_ptr()
     assert_same(read_marlin(B, packed.scale).unpack(), dense)
 
@@ -343,10 +346,10 @@ def test_a_checkpoint_of_others_becomes_a_weight_that_runs():
         cuda_int4.read_marlin24(sparse.qdata.view(torch.int32), sparse.meta, sparse.scale),
     ):
         linear = nn.Linear(256, 128, bias=False, dtype=torch.float16)
-        ours = cuda_int4.CudaCoalescedInt4Tensor.from_int4(packed.unpack())
-        linear.weight = nn.Parameter(ours, requires_grad=False)
         x = torch.eye(256, dtype=torch.float16)  # reads the weight back, a column at a time
-        assert torch.equal(linear(x).t(), source.dequantize().half())
+        for ours in (packed, cuda_int4.CudaCoalescedInt4Tensor.from_int4(packed)):
+            linear.weight = nn.Parameter(ours, requires_grad=False)
+            assert torch.equal(linear(x).t(), source.dequantize().half())
 
 
 def test_fields_that_are_of_no_such_checkpoint_are_refused():

@@ -474,7 +474,7 @@ def test_messages():
             refused(graphs.Linear(graphs.gguf(2, 256, "q6_k")), torch.randn(2, 256)),
             refused(Batched(), X),
             refused(StartsNonZero(), X),
-            message(CudaInt4Partitioner, layout="marlin"),
+            message(CudaInt4Partitioner, layout="zigzag"),
             message(CudaInt4Partitioner, layout="plain.v1"),
             message(CudaInt4Partitioner, activation="fp8"),
         ),
@@ -488,10 +488,11 @@ CudaInt4Partitioner: int4 linears that cannot be honoured:   aten_select_copy_in
     the graph; quantise them before export
 count: expected a mutated buffer that starts as zeros, got other values, which a .pte does not
     carry; zero it before export, or write it in the graph
-layout: expected 'auto' or one of 'coalesced', got 'marlin'; 'auto' picks by shape
-layout: expected one of coalesced.v1, got plain.v1, an interchange format that no kernel reads;
-    pack it with CudaCoalescedInt4Tensor.from_int4, or lower through CudaInt4Partitioner, which
-    does
+layout: expected 'auto' or one of 'coalesced', 'marlin', 'marlin24', got 'zigzag'; 'auto' picks
+    for each weight
+layout: expected one of coalesced.v1, marlin.v1, marlin24.v1, got plain.v1, an interchange
+    format that no kernel reads; pack it with CudaCoalescedInt4Tensor.from_int4, or lower
+    through CudaInt4Partitioner, which does
 CudaInt4Partitioner: expected activation in ('none', 'int8'), got 'fp8'; 'none' is w4a16, 'int8'
     is w4a8""",
     )

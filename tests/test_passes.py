@@ -359,7 +359,8 @@ weight: expected qdata of uint8, got torch.int8: it was made from a native Int4T
 weight: expected scale of shape [n_groups, N] = [2, 8], got [8, 2]; quantise the weight again
 weight: expected activations of float16, bfloat16 or float32, got torch.float64; convert the
     model with .to(torch.bfloat16)
-weight: expected x [..., K] with K = 64, which the weight has, got [2, 32]; fix the call
+weight: expected qdata [8, 16] in coalesced.v1 for x [2, 32] and N=8, got [8, 32]; fix the call:
+    x and the weight disagree
 weight: expected a bias of the dtype of x, torch.float32, got torch.float64; cast one to the
     other
 qdata: expected int4 weights that are parameters or buffers nothing writes, got aten_mul_tensor,

@@ -102,8 +102,6 @@ def test_act_pre_scale_and_a_tied_embedding_export(strict):
         calls(exported),
         """\
 aten.embedding.default
-aten.embedding.default
-aten.embedding.default
 aten._assert_tensor_metadata.default
 aten._to_copy.default
 aten.mul.Tensor
@@ -111,6 +109,10 @@ aten.floor.default
 aten.mul.Tensor 16
 aten.sub.Tensor
 aten.stack.default -1
+aten.view.default
+aten.embedding.default
+aten.embedding.default
+aten._assert_tensor_metadata.default
 aten.view.default
 aten._assert_tensor_metadata.default
 aten._to_copy.default

@@ -253,9 +253,9 @@ def test_parts_that_disagree_are_refused():
     assert_expected_inline(
         folded(*found),
         """\
-CudaCoalescedInt4Tensor: layout_tag: expected one of coalesced.v1, got plain.v1, an interchange
-    format that no kernel reads; pack it with CudaCoalescedInt4Tensor.from_int4, or lower
-    through CudaInt4Partitioner, which does
+CudaCoalescedInt4Tensor: layout_tag: expected one of coalesced.v1, marlin.v1, marlin24.v1, got
+    plain.v1, an interchange format that no kernel reads; pack it with
+    CudaCoalescedInt4Tensor.from_int4, or lower through CudaInt4Partitioner, which does
 CudaCoalescedInt4Tensor: layout_tag: expected coalesced.v1, got coalesced.v2, newer than the one
     this build reads; update cuda_int4, or pack the weight again with this version
 CudaCoalescedInt4Tensor: expected activation in 'none', 'int8', got 'fp8'; 'none' keeps x as it

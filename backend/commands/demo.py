@@ -144,7 +144,7 @@ def in_plain_torch(model: Any) -> Any:
     import torch
     from torch import nn
 
-    from ..tensors import CudaCoalescedInt4Tensor
+    from ..tensors import CudaInt4Tensor
 
     class DenseLinear(nn.Module):
         """y = x @ w.T + b in float32, rounded once to the dtype of x."""
@@ -160,7 +160,7 @@ def in_plain_torch(model: Any) -> Any:
 
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if isinstance(child, nn.Linear) and isinstance(child.weight, CudaCoalescedInt4Tensor):
+            if isinstance(child, nn.Linear) and isinstance(child.weight, CudaInt4Tensor):
                 setattr(module, name, DenseLinear(child))
     return model
 

@@ -39,7 +39,10 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
         "--asymmetric", action="store_true", help="store a zero point beside each scale"
     )
     parser.add_argument(
-        "--layout", default="auto", help="order of the weights in memory (default: %(default)s)"
+        "--layout",
+        default="auto",
+        help="order of the weights in memory: auto (picks for each weight), coalesced, marlin, or"
+        " marlin24, for weights that are 2:4 (default: %(default)s)",
     )
     parser.add_argument(
         "--activation",

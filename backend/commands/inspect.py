@@ -35,7 +35,7 @@ def as_lines(summary: dict[str, Any]) -> Iterator[str]:
     n_bytes = sum(weight["nbytes"] for weight in weights)
     yield ""
     yield f"int4 weights: {len(weights)}, {megabytes(n_bytes)}"
-    columns = ("name", "N", "K", "group_size", "layout_tag", "activation", "nbytes")
+    columns = ("name", "N", "padded_N", "K", "group_size", "layout_tag", "activation", "nbytes")
     header = (*columns, "bits_per_weight")
     rows = [
         (*(str(weight[column]) for column in columns), f"{weight['bits_per_weight']:.3f}")

@@ -16,8 +16,9 @@ where ``-> linear`` is ``aten.linear(x, w, bias)``, or what is left of it after 
 from __future__ import annotations
 
 import operator
+import re
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.export import ExportedProgram
@@ -60,10 +61,20 @@ class LinearArgs(NamedTuple):
         """The nodes of the weight's parts; None where it has none of that."""
         return self.qdata, self.scale, self.zero_point, self.meta
 
+    def as_node_args(self) -> tuple[Any, ...]:
+        """What a node carries: without an ``out_features`` that is not stated."""
+        return tuple(self) if self.out_features is not None else tuple(self)[:-1]
+
 
 def linear_args(node: Node) -> LinearArgs:
     """Of a ``cuda_int4.linear`` node."""
     return LinearArgs(*args_of(node))
+
+
+def weight_name(program: ExportedProgram, linear: Node) -> str:
+    """The name of an int4 linear's weight, ``"layers.0.wq.weight"``."""
+    name = linear.meta.get("weight_name") or constant_name(program, linear_args(linear).qdata)
+    return re.sub(r"\.qdata(_\d+)?$", "", name)
 
 
 @dataclass(frozen=True)
@@ -189,18 +200,19 @@ def refusal(program: ExportedProgram, match: Int4Match) -> str | None:
             f"{who}: expected a bias of the dtype of x, {dtype}, got "
             f"{match.bias.meta['val'].dtype}; cast one to the other"
         )
-    if match.form == "packed" and 2 * _shape(qdata)[-1] != match.K:
-        return (
-            f"{who}: expected x [..., K] with K = {2 * _shape(qdata)[-1]}, which the weight has, "
-            f"got {_shape(match.x)}; fix the call"
-        )
     try:
         check_shape(match.N, match.K, match.group_size, who=who)
         if match.form == "packed":
             args = linear_args(match.node)
-            check_tag(args.layout_tag, who=who, interchange=True)
+            layout = check_tag(args.layout_tag, who=who, interchange=True)
             if args.activation not in ACTIVATIONS:
                 return f"{who}: expected activation in {ACTIVATIONS}, got {args.activation!r}"
+            expected = list(layout.qdata_shape(match.N, match.K))
+            if _shape(qdata) != expected:
+                return (
+                    f"{who}: expected qdata {expected} in {layout.tag} for x {_shape(match.x)} and "
+                    f"N={match.N}, got {_shape(qdata)}; fix the call: x and the weight disagree"
+                )
     except ValueError as error:
         return str(error)
     if match.form == "dequantize":

@@ -7,18 +7,16 @@ from executorch.exir.pass_base import ExportedProgramPassBase, ExportedProgramPa
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from ..int4 import CanonicalInt4, from_executorch
-from ..layouts import COALESCED, PLAIN
-from ..tensors import CudaCoalescedInt4Tensor
+from ..tensors import TENSORS
 from .assign_layout import STORED_TAG
 from .graph import (
     add_constant,
     calls,
-    constant_name,
     constant_tensor,
     remove_unused_constants,
 )
-from .int4_linear import linear_args
+from .int4_linear import linear_args, weight_name
+from .weights import read_weight
 
 _PARTS = ("qdata", "scale", "zero_point", "meta")
 
@@ -28,11 +26,16 @@ class PackWeightsPass(ExportedProgramPassBase):
 
     Before: cuda_int4.linear(x, qdata [N, K/2], scale [n_groups, N], zero_point [n_groups, N], ...)
     After:  cuda_int4.linear(x, qdata [N, K/2], scale [N, n_groups], zero_point [N, n_groups], ...)
+    or:     cuda_int4.linear(x, qdata [K/32, 8*Np], scale [n_groups, Np], None, meta, ...)
 
-    with new constants ``<weight>.qdata``, ``<weight>.scale``, ``<weight>.zero_point``; a zero point
-    that is 8 everywhere is dropped. Linears that share a weight share the new constants. The old
-    ones are removed as soon as nothing reads them, so that one weight at a time exists twice.
-    A linear whose bytes have the order of its tag already is left alone.
+    with new constants ``<weight>.qdata``, ``<weight>.scale`` and, where there are such,
+    ``<weight>.zero_point`` and ``<weight>.meta``; a zero point that is 8 everywhere is dropped.
+    Linears that share a weight share the new constants. The old ones are removed as soon as nothing
+    reads them, so that one weight at a time exists twice. A linear whose bytes have the order of
+    its tag already is left alone.
+
+    Raises:
+        ValueError: a weight that is not 2:4 for a layout that needs it; the message has the place.
     """
 
     def call(self, exported_program: ExportedProgram) -> ExportedProgramPassResult:
@@ -46,7 +49,7 @@ class PackWeightsPass(ExportedProgramPassBase):
             packed[key] = _pack(exported_program, linears[0])
             for node in linears:
                 args = linear_args(node)
-                node.args = (args.x, *packed[key], *args[5:])
+                node.args = (args.x, *packed[key], *args.as_node_args()[5:])
                 node.meta.pop(STORED_TAG, None)
             remove_unused_constants(exported_program, old)
         if uses:
@@ -75,21 +78,11 @@ def _uses_by_weight(program: ExportedProgram) -> dict[tuple, list[Node]]:
 
 
 def _pack(program: ExportedProgram, node: Node) -> tuple[Node | None, ...]:
-    _, qdata, scale, zero_point, _, _, group_size, tag, _, _ = linear_args(node)
-    if node.meta[STORED_TAG] != PLAIN or tag != COALESCED:
-        raise NotImplementedError(
-            f"{node.meta.get('weight_name', qdata.name)}: expected bytes in {PLAIN} to pack into "
-            f"{COALESCED}, got {node.meta[STORED_TAG]} and {tag}; give the layout its packer here"
-        )
-    name = node.meta.get("weight_name") or constant_name(program, qdata)
-    codes, scales = (constant_tensor(program, part).detach() for part in (qdata, scale))
-    if zero_point is None:
-        canonical = CanonicalInt4(codes, scales.t().contiguous(), None, group_size)
-    else:
-        zeros = constant_tensor(program, zero_point).detach()
-        canonical = from_executorch(codes, scales, zeros, group_size, who=name)
-    weight = CudaCoalescedInt4Tensor.from_int4(canonical, who=name)
-    data = [getattr(weight, part, None) for part in _PARTS]
+    args = linear_args(node)
+    name = weight_name(program, node)
+    canonical = read_weight(program, args, node.meta[STORED_TAG], who=name)
+    weight = TENSORS[args.layout_tag].from_int4(canonical, who=name)
+    data = [getattr(weight, part) for part in _PARTS]
     return tuple(
         None if part is None else add_constant(program, f"{name}.{label}", part.detach())
         for label, part in zip(_PARTS, data, strict=True)
