@@ -6,6 +6,7 @@
 #include <cstring>
 #include <vector>
 
+#include "checked_prim_ops.h"
 #include "cuda_ops.h"
 #include "errors.h"
 #include "op_arguments.h"
@@ -105,14 +106,6 @@ bool is_kept(std::string_view name) {
   return false;
 }
 
-/// ExecuTorch's own kernel for all dtypes, looked for quietly: the library's lookup logs what it
-/// does not find.
-OpFunction find_registered(std::string_view name) {
-  for (const Kernel& kernel : executorch::runtime::get_registered_kernels())
-    if (kernel.kernel_key_.is_fallback() && name == kernel.name_) return kernel.op_;
-  return nullptr;
-}
-
 /// ExecuTorch's kernel aborts on values with fewer dimensions than the tensor that they go into. Our
 /// export gives them as many (passes/widen_index_put.py); a file of another making may not.
 void checked_index_put(KernelRuntimeContext& context, Span<EValue*> stack) {
@@ -128,26 +121,12 @@ void checked_index_put(KernelRuntimeContext& context, Span<EValue*> stack) {
   kernel(context, stack);
 }
 
-constexpr std::string_view kViewOp = "executorch_prim::et_view.default";
-
-/// ExecuTorch's kernel takes the types of its arguments for granted.
-void checked_view(KernelRuntimeContext& context, Span<EValue*> stack) {
-  constexpr ssize_t kMaxViewDims = 16;  // ExecuTorch's own
-  const bool right_types = stack.size() == 3 && stack[0]->isTensor() && stack[2]->isTensor() &&
-                           stack[1]->tryToIntList().ok();
-  if (!right_types || stack[0]->toTensor().scalar_type() != stack[2]->toTensor().scalar_type() ||
-      stack[2]->toTensor().dim() > kMaxViewDims)
-    return context.fail(fail(Error::InvalidProgram,
-                             "executorch_prim::et_view: expected a tensor, sizes and a view of the "
-                             "tensor's dtype, found others; the .pte is damaged, export it again"));
-  static const OpFunction kernel = find_registered(kViewOp);
-  kernel(context, stack);
-}
-
 constexpr std::string_view kOurs = "cuda_int4::";
 
 OpFunction find_kept(std::string_view name) {
-  return name == kViewOp ? &checked_view : find_registered(name);
+  const OpFunction kernel = find_registered(name);
+  const OpFunction checked = find_checked_prim_op(name);
+  return kernel != nullptr && checked != nullptr ? checked : kernel;
 }
 
 /// Kept names that read or move tensor data on the host are not for device memory.
@@ -171,6 +150,12 @@ std::string one_to_a_line(std::vector<std::string> names) {
 }
 
 }  // namespace
+
+OpFunction find_registered(std::string_view name) {
+  for (const Kernel& kernel : executorch::runtime::get_registered_kernels())
+    if (kernel.kernel_key_.is_fallback() && name == kernel.name_) return kernel.op_;
+  return nullptr;
+}
 
 OpFunction find_cpu_kernel(std::string_view nested_name) {
   if (is_kept(nested_name)) return find_kept(nested_name);

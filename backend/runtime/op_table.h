@@ -27,6 +27,10 @@ namespace cuda_int4 {
 executorch::runtime::OpFunction find_cpu_kernel(std::string_view nested_name);
 executorch::runtime::OpFunction find_cuda_kernel(std::string_view nested_name);
 
+/// ExecuTorch's own kernel for all dtypes, looked for quietly: the library's lookup logs what it does
+/// not find.
+executorch::runtime::OpFunction find_registered(std::string_view name);
+
 /// Graph names of every op that `device` runs, sorted, one to a line.
 const std::string& supported_ops(DeviceKind device);
 

@@ -69,8 +69,10 @@ class Method {
       if (type == kKernelCall) {
         error = check_call(what, call);
       } else if (type == kMoveCall || type == kFreeCall) {
-        const auto changed = uint32_t(call.scalar<int32_t>(type == kMoveCall ? 1 : 0, 0));
+        const auto first = uint32_t(call.scalar<int32_t>(0, 0));
+        const auto changed = type == kMoveCall ? uint32_t(call.scalar<int32_t>(1, 0)) : first;
         if (is_constant_[changed]) error = wrong(what, "a move or free", changed);
+        if (is_tensor(first) != is_tensor(changed)) error = wrong_kind(what, "a move");
       }
     });
     return error;
@@ -80,8 +82,9 @@ class Method {
   uint8_t type_of(uint32_t value) const {
     return Table(values_.offset(value)).scalar<uint8_t>(ValueField::kType, 0);
   }
+  bool is_tensor(uint32_t value) const { return type_of(value) == kTensor; }
   std::string_view name_of(uint32_t value) const {
-    if (type_of(value) != kTensor) return {};
+    if (!is_tensor(value)) return {};
     return Table(values_.offset(value))
         .table(ValueField::kValue)
         .table(TensorField::kExtra)
@@ -130,6 +133,15 @@ class Method {
   struct Written {
     uint32_t n, begin, end;
   };
+  /// What an instruction puts in the place of a value is of its kind: who reads it relies on that.
+  Error wrong_kind(const char* what, const char* writer) const {
+    return fail(
+        Error::InvalidProgram,
+        "%s: expected tensors in the place of tensors and numbers in that of numbers, found "
+        "%.200s; the file is damaged, export it again",
+        what, writer);
+  }
+
   static Written written_by(const Table& op, uint32_t n_args) {
     const std::string_view name = op.string(0), overload = op.string(1);
     if (name == kCopyIndex) return {1, 0, 0};
@@ -144,6 +156,13 @@ class Method {
     const Table op = operator_of(call);
     const Vector args = call.vector(1);
     const Written written = written_by(op, args.size());
+    const std::string_view name = op.string(0);
+    const bool is_in_place = !name.empty() && name.back() == '_';
+    const bool is_of_numbers =
+        name.substr(0, kOurs.size()) != kOurs && name != kView && name != kCopyIndex;
+    if ((is_in_place || is_of_numbers) && args.size() > 0 &&
+        is_tensor(uint32_t(args.scalar<int32_t>(args.size() - 1))) != is_in_place)
+      return wrong_kind(what, std::string(name).c_str());
     for (uint32_t i = 0; i < args.size(); ++i) {
       if (i >= written.n && (i < written.begin || i >= written.end)) continue;
       const Error error = check_written(what, op, uint32_t(args.scalar<int32_t>(i)));

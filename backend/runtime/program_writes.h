@@ -10,7 +10,8 @@
 namespace cuda_int4 {
 
 /// InvalidProgram where an instruction of a method writes to a tensor that is a constant or a view of
-/// one, or an input takes its place. After check_program.
+/// one, or an input takes its place; or where a number takes the place of a tensor. After
+/// check_program.
 executorch::runtime::Error check_writes(
     const void* data, const char* what,
     const std::function<bool(std::string_view name)>& is_constant);

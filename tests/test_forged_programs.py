@@ -1,4 +1,4 @@
-"""A nested program of another making that writes to constants, or views them as wider values."""
+"""Nested programs of another making: writes to constants, wider views, wrong arguments."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import pytest
 import torch
 from executorch.exir.scalar_type import ScalarType
 from executorch.exir.schema import (
+    EValue,
     FreeCall,
     Instruction,
+    Int,
     KernelCall,
     MoveCall,
     TensorList,
@@ -244,3 +246,54 @@ def test_a_view_of_a_wider_dtype(forge):
         with pytest.raises(CudaInt4Error, match="a view of the tensor's dtype") as raised:
             model.forward(rows(16))
     assert raised.value.code == forged.INVALID_PROGRAM
+
+
+def kind_refusal(path: Any) -> str:
+    with pytest.raises(CudaInt4Error) as raised:
+        cuda_int4.load(path)
+    assert raised.value.code == forged.INVALID_PROGRAM
+    assert "expected tensors in the place of tensors" in str(raised.value)
+    return str(raised.value)
+
+
+def of_sizes(y: Tensor, c: Tensor) -> Tensor:
+    """Takes a size, and a quotient of it."""
+    return y.sum() + c.sum() + torch.arange((y.shape[0] + 3) // 2, dtype=y.dtype).sum()
+
+
+@pytest.mark.parametrize("op", ["sym_size", "floordiv"])
+def test_a_number_in_the_place_of_a_tensor(forge, op):
+    def edit(plan):
+        arguments(plan, op)[-1] = plan.inputs[0]
+
+    assert f"::{op}" in kind_refusal(forge(Constant(of_sizes), edit, shapes=ANY_LENGTH))
+
+
+def test_a_number_moved_to_a_tensor(forge):
+    def edit(plan):
+        number = arguments(plan, "sym_size")[-1]
+        plan.chains[0].instructions.append(Instruction(MoveCall(number, plan.outputs[0])))
+
+    assert "a move" in kind_refusal(forge(Constant(of_sizes), edit, shapes=ANY_LENGTH))
+
+
+@pytest.mark.parametrize(
+    ("op", "argument", "by", "words"),
+    [
+        ("sym_size", 0, Int(3), "aten::sym_size.int: expected a tensor"),
+        ("sym_size", 1, Int(7), "a dimension that it has"),
+        ("sym_size", 1, Int(-3), "a dimension that it has"),
+        ("floordiv", 1, Int(0), "expected a divisor other than 0"),
+        ("et_view", 0, Int(1), "executorch_prim::et_view.default: expected a tensor"),
+        ("et_view", 1, Int(1), "executorch_prim::et_view.default: expected a tensor"),
+    ],
+)
+def test_arguments_that_an_op_of_executorch_takes_for_granted(forge, op, argument, by, words):
+    def edit(plan):
+        plan.values.append(EValue(by))
+        arguments(plan, op)[argument] = len(plan.values) - 1
+
+    model = Constant(through_a_view) if op == "et_view" else Constant(of_sizes)
+    with cuda_int4.load(forge(model, edit, shapes=ANY_LENGTH)) as loaded:
+        with pytest.raises(CudaInt4Error, match=words):
+            loaded.forward(rows(16))
