@@ -14,6 +14,9 @@ error and a reason, or gives exactly the answer of the undamaged file. Damage by
     forged     fields of the delegate blob set to extremes, every checksum then made right
     unsealed   in ExecuTorch's own program around the delegate or tables of the .ptd, without a
                seal: only crashes and hangs count (--unsealed; no checksum covers those)
+    nested     in the nested program, every checksum then made right: another program, of which
+               only crashes and hangs count (--nested; for a GPU: on a CPU some of ExecuTorch's
+               kernels abort where an argument has another type than their schema's)
 
 CUDA_INT4_DEVICE says where they run. On a GPU an error of the driver (an address out of range, a
 launch that it refuses) counts as a crash, and --under "compute-sanitizer --tool memcheck" has the
@@ -153,7 +156,7 @@ class Case:
     """One damaged file.
 
     Attributes:
-        kind: "sealed", "inside", "forged" or "unsealed"; see the module.
+        kind: "sealed", "inside", "forged", "unsealed" or "nested"; see the module.
         pte: its bytes.
         ptd: bytes of its .ptd, or empty.
     """
@@ -163,7 +166,9 @@ class Case:
     ptd: bytes
 
 
-def make_case(index: int, seed: int, bases: tuple[Base, Base], *, unsealed: bool) -> Case:
+def make_case(
+    index: int, seed: int, bases: tuple[Base, Base], *, unsealed: bool, nested: bool
+) -> Case:
     """The damaged file of this number: the same for the same seed, whatever the others are."""
     from cuda_int4 import _native
     from cuda_int4.seal import SEAL_NBYTES
@@ -181,6 +186,7 @@ def make_case(index: int, seed: int, bases: tuple[Base, Base], *, unsealed: bool
         rng.choice(IN_PLACE)(rng, data, 0, program_nbytes)
         return Case("unsealed", bytes(data), b"")
     kind = rng.choices(("sealed", "external", "inside", "forged"), (5, 1, 2, 2))[0]
+    kind = "nested" if nested else kind
     if kind == "sealed":
         data = bytearray(whole.pte)
         damage_anywhere(rng, data)
@@ -196,11 +202,15 @@ def make_case(index: int, seed: int, bases: tuple[Base, Base], *, unsealed: bool
         rng.choice(IN_PLACE)(rng, data, at, at + nbytes)
         return Case("inside", bytes(data), b"")
     (program_offset,) = struct.unpack_from("<Q", data, at + 24)
-    for _ in range(rng.choice((1, 1, 2))):  # the header and the records, not the nested program
-        set_word(rng, data, at + (rng.randrange(16, program_offset - 8) & ~3), at + program_offset)
+    for _ in range(rng.choice((1, 1, 2))):
+        if nested:
+            rng.choice(IN_PLACE)(rng, data, at + program_offset, at + nbytes)
+        else:
+            begin = at + (rng.randrange(16, program_offset - 8) & ~3)
+            set_word(rng, data, begin, at + program_offset)
     view = memoryview(data)[at + 16 : at + nbytes]
     struct.pack_into("<I", data, at + 12, _native.checksum(bytes(view)))
-    return Case("forged", bytes(data), b"")
+    return Case(kind, bytes(data), b"")
 
 
 # ---- what runs them ----
@@ -346,7 +356,7 @@ class Failure:
 
 def is_failure(kind: str, result: str) -> bool:
     """Whether a result breaks the promise."""
-    if kind == "unsealed" and result == "WRONG ANSWER":
+    if kind in ("unsealed", "nested") and result == "WRONG ANSWER":
         return False
     refused = result.startswith("error ") and "cudaError" not in result
     return not (refused or result in ("same", "skipped"))
@@ -357,6 +367,7 @@ def fuzz(
     *,
     seed: int = 0,
     unsealed: bool = False,
+    nested: bool = False,
     keep: Path | None = None,
     bases: Path | None = None,
     loaders: tuple[str, ...] = LOADERS,
@@ -388,7 +399,7 @@ def fuzz(
             workers.put(runners)
 
         def run_one(index: int) -> Iterator[Failure]:
-            case = make_case(index, seed, (whole, apart), unsealed=unsealed)
+            case = make_case(index, seed, (whole, apart), unsealed=unsealed, nested=nested)
             pte, ptd = folder / f"{index}.pte", folder / f"{index}.ptd"
             pte.write_bytes(case.pte)
             if case.ptd:
@@ -433,6 +444,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the damage (default: %(default)s)")
     parser.add_argument("--only", type=int, help="run this one file")
     parser.add_argument("--unsealed", action="store_true", help="damage ExecuTorch's own program")
+    parser.add_argument("--nested", action="store_true", help="damage the nested program")
     parser.add_argument("--keep", type=Path, help="keep the files that fail here")
     parser.add_argument("--bases", type=Path, help="the undamaged files; made where missing")
     parser.add_argument("--loaders", nargs="+", choices=LOADERS, default=LOADERS)
@@ -452,6 +464,7 @@ def main() -> int:
         indices,
         seed=args.seed,
         unsealed=args.unsealed,
+        nested=args.nested,
         keep=args.keep,
         bases=args.bases,
         loaders=tuple(args.loaders),
