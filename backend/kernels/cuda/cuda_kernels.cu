@@ -7,6 +7,7 @@
 #include "linear_w4a8.cuh"
 #include "matmul_marlin.cuh"
 #include "matmul_w4a16.cuh"
+#include "matvec_marlin.cuh"
 #include "matvec_w4a16_coalesced.cuh"
 #include "matvec_w4a16_mma.cuh"
 
@@ -82,7 +83,8 @@ constexpr CudaKernels kKernels = {linear_coalesced_w4a16,
                                   matmul_marlin_scratch_bytes,
                                   matmul_marlin,
                                   matmul_marlin24_scratch_bytes,
-                                  matmul_marlin24};
+                                  matmul_marlin24,
+                                  matvec_marlin};
 
 }  // namespace
 

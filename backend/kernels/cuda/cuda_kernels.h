@@ -31,6 +31,8 @@ struct CudaKernels {
   Status (*matmul_marlin)(const LinearArgs& args, const ExecutionContext& context);
   uint64_t (*matmul_marlin24_scratch_bytes)(const LinearArgs& args);
   Status (*matmul_marlin24)(const LinearArgs& args, const ExecutionContext& context);
+  // marlin.v1: M <= 16, or any M of fp32 and of activation "int8" (context.quantized_x holds x).
+  Status (*matvec_marlin)(const LinearArgs& args, const ExecutionContext& context);
 };
 
 // nullptr: built without CUDA.

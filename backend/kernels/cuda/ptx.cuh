@@ -71,6 +71,16 @@ __device__ __forceinline__ uint32_t load_global_u16(const void* from) {
   return value;
 }
 
+// 16 bytes that are read once, by a load that stays ahead of a griddepcontrol_wait behind it: those
+// above ptxas moves below it.
+__device__ __forceinline__ uint4 load_global_early_v4(const void* from) {
+  uint4 value;
+  asm volatile("ld.relaxed.gpu.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(from));
+  return value;
+}
+
 // ---- asynchronous copies, global to shared (sm_80) ----
 
 __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global) {
@@ -214,6 +224,27 @@ __device__ __forceinline__ void mma_sparse_m16n8k32(float (&d)[4], const uint32_
         "r"(meta), "n"(kSelector));
 }
 
+// d = a @ b + c, 16 x 8 x 16; the compiler may move it.
+__device__ __forceinline__ void mma_m16n8k16_add(float (&d)[4], const uint32_t (&a)[4],
+                                                 const uint32_t (&b)[2], const float (&c)[4],
+                                                 __half) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%10, %11, %12, %13};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]),
+        "f"(c[2]), "f"(c[3]));
+}
+
+__device__ __forceinline__ void mma_m16n8k16_add(float (&d)[4], const uint32_t (&a)[4],
+                                                 const uint32_t (&b)[2], const float (&c)[4],
+                                                 __nv_bfloat16) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%10, %11, %12, %13};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]),
+        "f"(c[2]), "f"(c[3]));
+}
+
 // d = a @ b + c, 16 x 8 x 32, a of unsigned and b of signed bytes.
 __device__ __forceinline__ void mma_m16n8k32_u8_s8(int32_t (&d)[4], const uint32_t (&a)[4],
                                                    const uint32_t (&b)[2], const int32_t (&c)[4]) {
@@ -293,6 +324,12 @@ __device__ __forceinline__ void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+// The same barrier, for no more than that all blocks have started: nothing is made visible, and no
+// load that is under way is waited for.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+
 // The same place in the shared memory of block `rank` of the cluster.
 __device__ __forceinline__ uint32_t address_in_rank(uint32_t shared, uint32_t rank) {
   uint32_t address;
@@ -308,6 +345,16 @@ __device__ __forceinline__ void store_cluster(uint32_t address, float4 value) {
   asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(value.x),
                "f"(value.y), "f"(value.z), "f"(value.w)
                : "memory");
+}
+
+// The same, counted by the mbarrier at `barrier` in the block that it is stored to: whoever waits there
+// for these bytes sees them.
+__device__ __forceinline__ void store_async(uint32_t address, float4 value, uint32_t barrier) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, "
+      "[%5];" ::"r"(address),
+      "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w), "r"(barrier)
+      : "memory");
 }
 
 #endif  // __CUDA_ARCH__ >= 900
