@@ -10,6 +10,7 @@ The format of the places (``meta``) is that of NVIDIA's sparse tensor cores: PTX
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -72,7 +73,7 @@ def compress_24(weight: CanonicalInt4, *, who: str = "weight") -> tuple[Tensor, 
             "Int4Config(symmetric=True)"
         )
     fours = view_as(weight.qdata, torch.int16)  # the 4 codes of weights 4i..4i+3 are one word
-    found = _look_up(_compress_table(), fours)
+    found = _look_up(_compress_table, fours)
     if bool((found == _REFUSED).any()):
         raise ValueError(_not_24(weight, found == _REFUSED, who))
     return (found & 0xFF).to(torch.uint8), (found >> 8).to(torch.uint8)
@@ -91,7 +92,7 @@ def expand_24(kept: Tensor, meta: Tensor, *, who: str = "weight") -> Tensor:
     """
     check_meta(meta, who=who)
     index = kept.to(torch.int16) | (meta.to(torch.int16) << 8)
-    return _look_up(_expand_table(), index).view(torch.uint8)
+    return _look_up(_expand_table, index).view(torch.uint8)
 
 
 def check_meta(meta: Tensor, *, who: str = "weight") -> None:
@@ -124,7 +125,7 @@ def _crowded(weight: Tensor | CanonicalInt4, who: str) -> Tensor:
     """Where more than two of four weights are not zero, bool [N, K/4]."""
     if isinstance(weight, CanonicalInt4):
         if weight.zero_point is None:
-            return _look_up(_compress_table(), view_as(weight.qdata, torch.int16)) == _REFUSED
+            return _look_up(_compress_table, view_as(weight.qdata, torch.int16)) == _REFUSED
         groups = unpack_nibbles(weight.qdata).view(*weight.scale.shape, weight.group_size)
         nonzero = groups != weight.zero_point.unsqueeze(-1)
         return nonzero.view(weight.shape[0], -1, 4).sum(-1, dtype=torch.uint8) > 2
@@ -160,14 +161,14 @@ def _values(weight: CanonicalInt4, row: int, columns: slice) -> Tensor:
     return q.float() - zero_point.float()
 
 
-def _look_up(table: Tensor, words: Tensor) -> Tensor:
+def _look_up(table: Callable[[torch.device], Tensor], words: Tensor) -> Tensor:
     """``table[words]`` with the 16-bit patterns of words as unsigned indices."""
     index = words.reshape(-1).int() & 0xFFFF
-    return table.to(words.device).index_select(0, index).view(words.shape)
+    return table(words.device).index_select(0, index).view(words.shape)
 
 
 @functools.cache
-def _compress_table() -> Tensor:
+def _compress_table(device: torch.device) -> Tensor:
     """int16 [65536]: kept codes | meta << 8 of four codes, or ``_REFUSED``."""
     fours = torch.arange(1 << 16)
     codes = torch.stack([fours >> 4 * i & 15 for i in range(4)])
@@ -176,11 +177,11 @@ def _compress_table() -> Tensor:
     for pattern, meta in _META_OF_NONZERO.items():
         here = nonzero == pattern
         table[here] = (codes[meta & 3] | codes[meta >> 2] << 4 | meta << 8)[here]
-    return table.to(torch.int16)
+    return table.to(device, torch.int16)
 
 
 @functools.cache
-def _expand_table() -> Tensor:
+def _expand_table(device: torch.device) -> Tensor:
     """int16 [4096]: four codes of kept codes | meta << 8; 0 where meta is not valid."""
     index = torch.arange(1 << 12)
     low, high = index & 15, index >> 4 & 15
@@ -190,4 +191,4 @@ def _expand_table() -> Tensor:
         eights = 0x8888 & ~(15 << 4 * first) & ~(15 << 4 * second)
         here = index >> 8 == meta
         table[here] = (low << 4 * first | high << 4 * second | eights)[here]
-    return table.to(torch.int16)  # wraps: the pattern of the low 16 bits is what is meant
+    return table.to(device, torch.int16)  # wraps: the pattern of the low 16 bits is what is meant
