@@ -19,7 +19,7 @@ error and a reason, or gives exactly the answer of the undamaged file. Damage by
                kernels abort where an argument has another type than their schema's)
 
 CUDA_INT4_DEVICE says where they run. On a GPU an error of the driver (an address out of range, a
-launch that it refuses) counts as a crash, and --under "compute-sanitizer --tool memcheck" has the
+launch that it refuses) counts as a crash, and --under "compute-sanitizer --log-file FILE" has the
 worker of ``load`` looked at. --bases DIR keeps the undamaged files, for another machine.
 """
 
