@@ -56,15 +56,18 @@ def linear(
     zero_point: Tensor | None,
     group_size: int,
     *,
+    meta: Tensor | None = None,
     bias: Tensor | None = None,
+    tag: str = "coalesced.v1",
+    out_features: int = 0,
     activation: str = "none",
     isa: str = "scalar",
 ) -> Tensor:
-    """Output of cuda_int4::linear."""
-    y, guard = poisoned((*x.shape[:-1], qdata.shape[0]), x.dtype)
-    views = [_native.tensor_view(t) for t in (x, qdata, scale, zero_point, None, bias, y)]
-    tag, activation_bytes = b"coalesced.v1", activation.encode()
-    args = _native.LinearArgs(*views, group_size, tag, activation_bytes, b"w")
+    """Output of cuda_int4::linear; ``out_features`` is stated for layouts that pad N."""
+    y, guard = poisoned((*x.shape[:-1], out_features or qdata.shape[0]), x.dtype)
+    views = [_native.tensor_view(t) for t in (x, qdata, scale, zero_point, meta, bias, y)]
+    names = tag.encode(), activation.encode(), b"w"
+    args = _native.LinearArgs(*views, group_size, *names, out_features)
     return finish("linear", args, isa, y, guard)
 
 

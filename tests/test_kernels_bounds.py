@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 import kernel_calls
+from cuda_int4.int4 import CanonicalInt4
+from cuda_int4.tensors import CudaMarlin24Int4Tensor, CudaMarlinInt4Tensor
 from kernel_calls import FLOATS, available_isas
 
 PAGE = mmap.PAGESIZE
@@ -75,6 +77,19 @@ def linears(isa, at_end, M, N, K, group_size, dtype, scale_dtype) -> None:
             y = kernel_calls.linear(
                 x, qdata, scale, zero, group_size, bias=b, activation=activation, isa=isa
             )
+            assert y.isfinite().all()
+    source = CanonicalInt4(qdata.clone(), scale.clone(), zero_point.clone(), group_size)
+    dense = CudaMarlinInt4Tensor.from_int4(source)
+    eights = CanonicalInt4(torch.full_like(qdata, 0x88), scale.clone(), None, group_size)
+    for packed in (dense, CudaMarlin24Int4Tensor.from_int4(eights)):
+        parts = (packed.qdata, packed.scale, packed.zero_point)
+        fenced_parts = [None if part is None else fence(part) for part in parts]
+        meta = None if packed.meta is None else fence(packed.meta)
+        for activation in ("none", "int8"):
+            y = kernel_calls.linear(
+                x, *fenced_parts, group_size, meta=meta, bias=bias, tag=packed.layout_tag,
+                out_features=N, activation=activation, isa=isa,
+            )  # fmt: skip
             assert y.isfinite().all()
 
 

@@ -44,6 +44,11 @@ Status run(const char* op, const void* args, const CpuKernels& kernels) {
   if (strcmp(op, "linear_weight") == 0) {
     return validate_linear_weight(*static_cast<const LinearArgs*>(args));
   }
+  if (strcmp(op, "linear_values") == 0) {
+    const LinearArgs& weight_args = *static_cast<const LinearArgs*>(args);
+    CUDA_INT4_RETURN_IF_ERROR(validate_linear_weight(weight_args));
+    return validate_linear_values(weight_args);
+  }
   if (strcmp(op, "attention") == 0) {
     const AttentionArgs& attention_args = *static_cast<const AttentionArgs*>(args);
     CUDA_INT4_RETURN_IF_ERROR(validate_attention(attention_args));
@@ -60,8 +65,8 @@ Status run(const char* op, const void* args, const CpuKernels& kernels) {
     return silu_on(kernels, silu_args, context);
   }
   return error(StatusCode::kInvalidArgument,
-               "run_with_isa: expected linear, linear_weight, attention, rms_norm or silu, got "
-               "\"%.64s\"; fix the test",
+               "run_with_isa: expected linear, linear_weight, linear_values, attention, rms_norm "
+               "or silu, got \"%.64s\"; fix the test",
                op);
 }
 
