@@ -9,10 +9,11 @@
 //
 // Requires  index_d in -size_d .. size_d - 1; any other is skipped and noted
 // Grid      a key for each tuple of indices, the destination; the keys are sorted with their positions,
-//           8 bits a pass (count, scan, move: blocks of 256 threads and 2048 keys); then a thread to
-//           each column of kChunk sorted positions, and to each column of a run that reaches further
+//           8 bits a pass (count and move: blocks of 256 threads and 2048 keys; scan: a block to a
+//           digit); then a thread to each column of a chunk of sorted positions, and to each column
+//           of a run that reaches further
 // Bytes     keys and positions, 16 bytes, once a pass; values once; destinations twice
-// Numerics  sums in float32, float64 or int64 in the order of the positions, kChunk at a time, added
+// Numerics  sums in float32, float64 or int64 in the order of the positions, a chunk at a time, added
 //           to the destination and rounded once: the same bits in every run
 // Source    least significant digit radix sort (Merrill and Grimshaw, 2011, in its plain form); own
 #include "elements.cuh"
@@ -27,8 +28,9 @@ namespace {
 constexpr int kDigits = 256;
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kKeysPerThread = 8, kTileKeys = kThreads * kKeysPerThread;
-constexpr int kScanThreads = 1024, kScanPerThread = 8;
-constexpr int kChunk = 128;
+// Positions of a chunk: fewer where few columns leave few threads.
+constexpr uint32_t kChunk = 128, kChunkOfFewColumns = 32;
+constexpr int64_t kFewColumns = 32;
 constexpr int kAhead = 4;  // values of a thread in flight
 constexpr int64_t kMaxGridY = 65535;
 
@@ -37,7 +39,8 @@ struct SortBuffers {
   const uint32_t* positions_in;  // nullptr: position i is i
   uint32_t* keys_out;
   uint32_t* positions_out;
-  uint32_t* counts;  // [digit][tile]; after the scan, how many keys come before
+  uint32_t* counts;  // [digit][tile]; after the scan, how many in the tiles before
+  uint32_t* totals;  // [digit]
   uint32_t n, n_tiles;
   int shift;
 };
@@ -96,51 +99,50 @@ __global__ void __launch_bounds__(kThreads) count_kernel(SortBuffers p) {
   p.counts[threadIdx.x * p.n_tiles + blockIdx.x] = counts[threadIdx.x];
 }
 
-// counts[i] = sum of counts[0 .. i - 1], by one block.
-__global__ void __launch_bounds__(kScanThreads) scan_kernel(uint32_t* counts, uint32_t n) {
-  __shared__ uint32_t warp_sums[32];
+// The sum of the values of the threads before, and of all; warp_sums is free again after the next
+// barrier.
+__device__ __forceinline__ uint32_t sum_before(uint32_t value, uint32_t (&warp_sums)[kWarps],
+                                               uint32_t* total) {
   const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  uint32_t before = 0;  // the sum of all rounds so far
-  for (uint32_t begin = 0; begin < n; begin += kScanThreads * kScanPerThread) {
-    const uint32_t first = begin + threadIdx.x * kScanPerThread;
-    uint32_t own[kScanPerThread], sum = 0;
+  uint32_t up_to = value;
 #pragma unroll
-    for (int i = 0; i < kScanPerThread; ++i) {
-      own[i] = first + i < n ? counts[first + i] : 0;
-      sum += own[i];
-    }
-    uint32_t up_to = sum;
-#pragma unroll
-    for (uint32_t offset = 1; offset < 32; offset *= 2) {
-      const uint32_t lower = __shfl_up_sync(0xffffffffu, up_to, offset);
-      if (lane >= offset) up_to += lower;
-    }
-    if (lane == 31) warp_sums[warp] = up_to;
-    __syncthreads();
-    if (warp == 0) {
-      uint32_t value = warp_sums[lane];
-#pragma unroll
-      for (uint32_t offset = 1; offset < 32; offset *= 2) {
-        const uint32_t lower = __shfl_up_sync(0xffffffffu, value, offset);
-        if (lane >= offset) value += lower;
-      }
-      warp_sums[lane] = value;
-    }
-    __syncthreads();
-    uint32_t at = before + up_to - sum + (warp > 0 ? warp_sums[warp - 1] : 0);
-#pragma unroll
-    for (int i = 0; i < kScanPerThread; ++i) {
-      if (first + i < n) counts[first + i] = at;
-      at += own[i];
-    }
-    before += warp_sums[31];
-    __syncthreads();  // before the next round writes warp_sums
+  for (uint32_t offset = 1; offset < 32; offset *= 2) {
+    const uint32_t lower = __shfl_up_sync(0xffffffffu, up_to, offset);
+    if (lane >= offset) up_to += lower;
   }
+  if (lane == 31) warp_sums[warp] = up_to;
+  __syncthreads();
+  uint32_t before = up_to - value;
+  *total = 0;
+#pragma unroll
+  for (uint32_t w = 0; w < kWarps; ++w) {
+    if (w < warp) before += warp_sums[w];
+    *total += warp_sums[w];
+  }
+  return before;
+}
+
+// Block `digit`: counts[digit][tile] = sum of counts[digit][0 .. tile - 1], totals[digit] = of all.
+__global__ void __launch_bounds__(kThreads) scan_kernel(SortBuffers p) {
+  __shared__ uint32_t warp_sums[kWarps];
+  uint32_t* counts = p.counts + blockIdx.x * p.n_tiles;
+  uint32_t before = 0;  // in the rounds so far
+  for (uint32_t begin = 0; begin < p.n_tiles; begin += kThreads) {
+    const uint32_t tile = begin + threadIdx.x;
+    const uint32_t count = tile < p.n_tiles ? counts[tile] : 0;
+    uint32_t total;
+    const uint32_t at = before + sum_before(count, warp_sums, &total);
+    if (tile < p.n_tiles) counts[tile] = at;
+    before += total;
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) p.totals[blockIdx.x] = before;
 }
 
 // Keys and positions to where their digit puts them; equal digits keep their order.
 __global__ void __launch_bounds__(kThreads) move_kernel(SortBuffers p) {
   __shared__ uint32_t places[kWarps][kDigits];
+  __shared__ uint32_t warp_sums[kWarps];
   const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   for (int i = threadIdx.x; i < kWarps * kDigits; i += kThreads)
     places[i / kDigits][i % kDigits] = 0;
@@ -160,8 +162,9 @@ __global__ void __launch_bounds__(kThreads) move_kernel(SortBuffers p) {
     __syncwarp();
     ranks[i] = counted + n_before;
   }
-  __syncthreads();
-  uint32_t place = p.counts[threadIdx.x * p.n_tiles + blockIdx.x];
+  uint32_t all;  // thread = digit from here on; the barrier in sum_before ends the counting
+  uint32_t place = sum_before(p.totals[threadIdx.x], warp_sums, &all) +
+                   p.counts[threadIdx.x * p.n_tiles + blockIdx.x];
 #pragma unroll
   for (int w = 0; w < kWarps; ++w) {
     const uint32_t count = places[w][threadIdx.x];
@@ -189,7 +192,7 @@ struct SumParams {
   const uint32_t* order;  // their positions
   void* before;           // [chunk][column]: sum of the run that began before the chunk,
   void* after;            // and of the one that goes on after it
-  uint32_t n, n_keys, n_chunks, n_columns;
+  uint32_t n, n_keys, chunk, n_chunks, n_columns;
   DType dtype;
   int32_t n_bytes;
 };
@@ -207,7 +210,7 @@ template <typename C>
 __global__ void __launch_bounds__(kThreads) add_chunks_kernel(const __grid_constant__ SumParams p) {
   const uint32_t chunk = blockIdx.x * blockDim.y + threadIdx.y;
   if (chunk >= p.n_chunks) return;
-  const uint32_t begin = chunk * kChunk, end = min(begin + kChunk, p.n);
+  const uint32_t begin = chunk * p.chunk, end = min(begin + p.chunk, p.n);
   const uint32_t key_before = begin > 0 ? p.keys[begin - 1] : p.n_keys;
   const uint32_t key_after = end < p.n ? p.keys[end] : p.n_keys;
   const uint32_t step = gridDim.y * blockDim.x;
@@ -261,7 +264,7 @@ template <typename C>
 __global__ void __launch_bounds__(kThreads) add_runs_kernel(const __grid_constant__ SumParams p) {
   const uint32_t chunk = blockIdx.x * blockDim.y + threadIdx.y;
   if (chunk + 1 >= p.n_chunks) return;
-  const uint32_t begin = chunk * kChunk, end = begin + kChunk;
+  const uint32_t begin = chunk * p.chunk, end = begin + p.chunk;
   const uint32_t key = p.keys[end - 1];
   if (key == p.n_keys || p.keys[end] != key) return;
   if (begin > 0 && p.keys[begin] == key && p.keys[begin - 1] == key) return;
@@ -270,7 +273,7 @@ __global__ void __launch_bounds__(kThreads) add_runs_kernel(const __grid_constan
     const uint32_t middle = low + (high - low) / 2;
     (p.keys[middle] == key ? low : high) = middle;
   }
-  const uint32_t last_chunk = low / kChunk;
+  const uint32_t last_chunk = low / p.chunk;
   const uint32_t step = gridDim.y * blockDim.x;
   for (uint32_t column = blockIdx.y * blockDim.x + threadIdx.x; column < p.n_columns;
        column += step) {
@@ -291,7 +294,7 @@ struct SortPlan {
                           // those that are searched
   LoopNest destinations;  // the destination; the former, then the indexed ones
   LoopNest columns;       // the destination, the values: what all indices leave alone
-  int64_t n, n_searched, n_keys, n_columns, n_tiles, n_chunks;
+  int64_t n, n_searched, n_keys, n_columns, n_tiles, chunk, n_chunks;
   uint64_t bytes_of_list, bytes_of_counts, bytes_of_partials;
 };
 
@@ -341,9 +344,10 @@ SortPlan make_plan(const IndexArgs& args) {
   plan.n_columns = plan.columns.n_steps();
   plan.columns.collapse();
   plan.n_tiles = (plan.n + kTileKeys - 1) / kTileKeys;
-  plan.n_chunks = (plan.n + kChunk - 1) / kChunk;
+  plan.chunk = plan.n_columns < kFewColumns ? kChunkOfFewColumns : kChunk;
+  plan.n_chunks = (plan.n + plan.chunk - 1) / plan.chunk;
   plan.bytes_of_list = padded(static_cast<uint64_t>(plan.n) * 4);
-  plan.bytes_of_counts = padded(static_cast<uint64_t>(plan.n_tiles) * kDigits * 4);
+  plan.bytes_of_counts = padded(static_cast<uint64_t>(plan.n_tiles + 1) * kDigits * 4);
   const uint64_t sum_bytes = is_float_kind(args.indexed.dtype) ? 4 : 8;
   plan.bytes_of_partials = padded(static_cast<uint64_t>(plan.n_chunks) *
                                   static_cast<uint64_t>(plan.n_columns) * sum_bytes);
@@ -421,6 +425,7 @@ Status launch_accumulate_sorted(const IndexArgs& args, const FaultNote& note, vo
   sort.counts = reinterpret_cast<uint32_t*>(take(plan.bytes_of_counts));
   sort.n = static_cast<uint32_t>(plan.n);
   sort.n_tiles = static_cast<uint32_t>(plan.n_tiles);
+  sort.totals = sort.counts + plan.n_tiles * kDigits;
   int from = 0;
   for (int shift = 0; shift < 32 && plan.n_keys >> shift != 0; shift += 8, from ^= 1) {
     sort.keys_in = keys[from];
@@ -429,7 +434,7 @@ Status launch_accumulate_sorted(const IndexArgs& args, const FaultNote& note, vo
     sort.positions_out = positions[from ^ 1];
     sort.shift = shift;
     count_kernel<<<sort.n_tiles, kThreads, 0, stream>>>(sort);
-    scan_kernel<<<1, kScanThreads, 0, stream>>>(sort.counts, sort.n_tiles * kDigits);
+    scan_kernel<<<kDigits, kThreads, 0, stream>>>(sort);
     move_kernel<<<sort.n_tiles, kThreads, 0, stream>>>(sort);
   }
 
@@ -447,6 +452,7 @@ Status launch_accumulate_sorted(const IndexArgs& args, const FaultNote& note, vo
   p.after = take(plan.bytes_of_partials);
   p.n = sort.n;
   p.n_keys = static_cast<uint32_t>(plan.n_keys);
+  p.chunk = static_cast<uint32_t>(plan.chunk);
   p.n_chunks = static_cast<uint32_t>(plan.n_chunks);
   p.n_columns = static_cast<uint32_t>(plan.n_columns);
   p.dtype = args.indexed.dtype;
