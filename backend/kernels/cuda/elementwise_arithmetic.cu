@@ -218,6 +218,14 @@ bool launch_casts(const ElementwiseArgs& args, const LoopNest& nest, const Fault
   return (... || from(std::integral_constant<DType, kDTypes>{}));
 }
 
+template <bool kSingly>
+bool launch_one_op(const ElementwiseArgs& args, const LoopNest& nest, const FaultNote& note,
+                   cudaStream_t stream, Status* status) {
+  return launch_fixed_ops<Arithmetic, kSingly, ElementwiseOp::kAdd, ElementwiseOp::kMul,
+                          ElementwiseOp::kDiv, ElementwiseOp::kNeg, ElementwiseOp::kRsqrt,
+                          ElementwiseOp::kWhere>(args, nest, note, stream, status);
+}
+
 }  // namespace
 
 Status launch_elementwise_arithmetic(const ElementwiseArgs& args, const LoopNest& nest,
@@ -225,9 +233,7 @@ Status launch_elementwise_arithmetic(const ElementwiseArgs& args, const LoopNest
   Status status;
   switch (args.compute) {
     case ComputeType::kFloat32:
-      if (launch_fixed_ops<Arithmetic, ElementwiseOp::kAdd, ElementwiseOp::kMul,
-                           ElementwiseOp::kDiv, ElementwiseOp::kNeg, ElementwiseOp::kRsqrt,
-                           ElementwiseOp::kWhere>(args, nest, note, stream, &status) ||
+      if (launch_one_op<false>(args, nest, note, stream, &status) ||
           launch_casts<DType::kFloat16, DType::kBFloat16, DType::kFloat32>(args, nest, note, stream,
                                                                            &status))
         return status;
@@ -235,6 +241,7 @@ Status launch_elementwise_arithmetic(const ElementwiseArgs& args, const LoopNest
         return launch_elementwise<Arithmetic, float, 8, 1>(args, nest, note, stream);
       if (elementwise_allows(args, nest, 4))
         return launch_elementwise<Arithmetic, float, 4, 1>(args, nest, note, stream);
+      if (launch_one_op<true>(args, nest, note, stream, &status)) return status;
       return launch_elementwise<Arithmetic, float, 1, 4>(args, nest, note, stream);
     case ComputeType::kInt64:
       if (elementwise_allows(args, nest, 4))

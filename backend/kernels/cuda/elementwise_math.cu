@@ -131,6 +131,15 @@ struct Mathematics : NoDivision {
   }
 };
 
+template <bool kSingly>
+bool launch_one_op(const ElementwiseArgs& args, const LoopNest& nest, const FaultNote& note,
+                   cudaStream_t stream, Status* status) {
+  return launch_fixed_ops<Mathematics, kSingly, ElementwiseOp::kExp, ElementwiseOp::kSin,
+                          ElementwiseOp::kCos, ElementwiseOp::kTanh, ElementwiseOp::kSigmoid,
+                          ElementwiseOp::kGelu, ElementwiseOp::kGeluTanh>(args, nest, note, stream,
+                                                                          status);
+}
+
 }  // namespace
 
 Status launch_elementwise_math(const ElementwiseArgs& args, const LoopNest& nest,
@@ -138,13 +147,10 @@ Status launch_elementwise_math(const ElementwiseArgs& args, const LoopNest& nest
   Status status;
   switch (args.compute) {
     case ComputeType::kFloat32:
-      if (launch_fixed_ops<Mathematics, ElementwiseOp::kExp, ElementwiseOp::kSin,
-                           ElementwiseOp::kCos, ElementwiseOp::kTanh, ElementwiseOp::kSigmoid,
-                           ElementwiseOp::kGelu, ElementwiseOp::kGeluTanh>(args, nest, note, stream,
-                                                                           &status))
-        return status;
+      if (launch_one_op<false>(args, nest, note, stream, &status)) return status;
       if (elementwise_allows(args, nest, 4))
         return launch_elementwise<Mathematics, float, 4, 1>(args, nest, note, stream);
+      if (launch_one_op<true>(args, nest, note, stream, &status)) return status;
       return launch_elementwise<Mathematics, float, 1, 4>(args, nest, note, stream);
     case ComputeType::kInt64:
       return launch_elementwise<Power, int64_t, 1, 1>(args, nest, note, stream);
