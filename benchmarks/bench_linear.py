@@ -13,9 +13,12 @@ Kernels on the CPU:
 Kernels on a GPU:
     w4a16, w4a8        ours; w4a8 quantises x in every call
     w4a8_quantized_x   ours, x quantised before: what the later linears of one x cost
+    marlin             ours, w4a16 from marlin.v1
+    marlin24           ours, w4a16 from marlin24.v1: symmetric, 2:4
     cublas_fp16        ``F.linear`` with the same weights in float16
     tinygemm           ``torch.ops.aten._weight_int4pack_mm``, bfloat16
     gemlite            where it is installed
+    cusparselt_fp16    a 2:4 weight in float16, where torch has cuSPARSELt
 
 Each kernel's answer is checked first, against float64 with that kernel's own arithmetic; a wrong
 one prints WRONG in place of a time. Weights rotate through several times the last-level cache, so

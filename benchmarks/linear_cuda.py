@@ -27,9 +27,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cuda_int4 import _native
+from cuda_int4.int4 import CanonicalInt4
+from cuda_int4.tensors import TENSORS
 from machine import command_line, commit_id, driver_version
 
-KERNELS = ("w4a16", "w4a8", "w4a8_quantized_x", "cublas_fp16", "tinygemm", "gemlite")
+OURS = {  # name -> layout, activation
+    "w4a16": ("coalesced.v1", "none"),
+    "w4a8": ("coalesced.v1", "int8"),
+    "w4a8_quantized_x": ("coalesced.v1", "int8"),
+    "marlin": ("marlin.v1", "none"),
+    "marlin24": ("marlin24.v1", "none"),
+}
+SPARSE = ("marlin24", "cusparselt_fp16")  # on a symmetric weight of which half is dropped
+KERNELS = (*OURS, "cublas_fp16", "tinygemm", "gemlite", "cusparselt_fp16")
 # The first columns are those of the CPU's table.
 COLUMNS = (
     "kernel,M,N,K,group_size,us_p10,us_median,us_p90,GB_per_s,peak_fraction,gpu,commit,"
@@ -70,6 +80,13 @@ def make_weight(N: int, K: int, group_size: int, zero_points: bool) -> Weight:
     scale = torch.rand(shape, device="cuda", generator=generator) * 0.02 + 0.002
     zero_point = torch.randint(4, 12, shape, device="cuda", generator=generator).half()
     return Weight(codes, scale.bfloat16().half(), zero_point if zero_points else None, group_size)
+
+
+def half_dropped(weight: Weight) -> Weight:
+    """The same weight 2:4: of every four codes along K two are 8, zero."""
+    fours = torch.rand(weight.codes.shape, device="cuda").unflatten(1, (-1, 4))
+    dropped = fours.argsort(-1).flatten(1) < 2
+    return Weight(weight.codes.masked_fill(dropped, 8), weight.scale, None, weight.group_size)
 
 
 @dataclass
@@ -132,11 +149,15 @@ def ours(name: str, x: Tensor, weight: Weight, dense: Tensor, rotate_bytes: int)
     "w4a8" quantises x in every call; "w4a8_quantized_x" leaves that to what comes before.
     """
     library = _native.library()
-    activation = b"none" if name == "w4a16" else b"int8"
+    layout_tag, activation = OURS[name]
     qdata = weight.codes[:, ::2] | (weight.codes[:, 1::2] << 4)
-    parts = [part for part in (qdata, weight.scale, weight.zero_point) if part is not None]
-    nbytes = sum(part.nbytes for part in parts)
-    y = torch.full((x.shape[0], qdata.shape[0]), float("nan"), dtype=x.dtype, device="cuda")
+    canonical = CanonicalInt4(qdata, weight.scale, weight.zero_point, weight.group_size)
+    packed = TENSORS[layout_tag].from_int4(canonical)
+    names = ("qdata", "scale", "zero_point", "meta")
+    parts = {name: getattr(packed, name, None) for name in names}
+    nbytes = sum(part.nbytes for part in parts.values() if part is not None)
+    N = qdata.shape[0]
+    y = torch.full((x.shape[0], N), float("nan"), dtype=x.dtype, device="cuda")
     quantized = torch.empty(0, dtype=torch.uint8, device="cuda")
     moved = nbytes + x.nbytes + y.nbytes
     if name == "w4a8_quantized_x":
@@ -150,12 +171,11 @@ def ours(name: str, x: Tensor, weight: Weight, dense: Tensor, rotate_bytes: int)
     scratch = torch.empty(0, dtype=torch.uint8, device="cuda")
     calls = []
     for _ in range(copies_for(nbytes, rotate_bytes)):
-        copy = [part.clone() for part in parts]
-        views = [*copy, None][:3]
-        tensors = (x, *views, None, None, y)
+        copy = [None if part is None else part.clone() for part in parts.values()]
+        tensors = (x, *copy, None, y)
         args = _native.LinearArgs(
-            *map(_native.tensor_view, tensors), weight.group_size, b"coalesced.v1", activation,
-            b"bench",
+            *map(_native.tensor_view, tensors), weight.group_size, layout_tag.encode(),
+            activation.encode(), b"bench", N,
         )  # fmt: skip
         calls.append((args, copy))
     size = _native.c_uint64()
@@ -172,7 +192,7 @@ def ours(name: str, x: Tensor, weight: Weight, dense: Tensor, rotate_bytes: int)
         _native.check(code)
         return y
 
-    if activation == b"none":
+    if activation == "none":
         exact = x.double() @ dense.T
         plain = relative_error(F.linear(x, dense.to(x.dtype)), exact)
         tolerance = 2 * plain  # of the product of the dequantised weight, rounded to x's dtype
@@ -194,6 +214,24 @@ def cublas(x: Tensor, dense: Tensor, rotate_bytes: int) -> Candidate:
     return Candidate(
         "cublas_fp16", None, None, lambda i: F.linear(x, copies[i]), len(copies), moved, exact, 2e-3
     )
+
+
+def cusparselt(x: Tensor, dense: Tensor, rotate_bytes: int) -> Candidate:
+    """A 2:4 product in float16 by cuSPARSELt's quickest algorithm, x padded to 16 rows before."""
+    weight = dense.half()
+    exact = x.double() @ weight.double().T
+    packed = torch.sparse.to_sparse_semi_structured(weight).packed
+    copies = [packed.clone() for _ in range(copies_for(packed.nbytes, rotate_bytes))]
+    M = x.shape[0]
+    padded = F.pad(x.half(), (0, 0, 0, -M % 16)).T
+    algorithm = torch._cslt_sparse_mm_search(packed, padded)
+
+    def call(i: int) -> Tensor:
+        y = torch._cslt_sparse_mm(copies[i], padded, transpose_result=True, alg_id=algorithm)
+        return y[:M]
+
+    moved = packed.nbytes + padded.nbytes + padded.shape[1] * weight.shape[0] * 2
+    return Candidate("cusparselt_fp16", None, None, call, len(copies), moved, exact, 2e-3)
 
 
 def tinygemm(x: Tensor, weight: Weight, dense: Tensor, rotate_bytes: int) -> Candidate:
@@ -246,13 +284,13 @@ def gemlite(x: Tensor, weight: Weight, dense: Tensor, rotate_bytes: int) -> Cand
 def candidates_for(
     names: Sequence[str], x: Tensor, weight: Weight, dense: Tensor, rotate_bytes: int
 ) -> Iterator[Candidate]:
-    """Those that read int4, on one weight."""
+    """Those that read a dense int4 weight."""
     for name in names:
         if name == "tinygemm" and x.shape[0] <= TINYGEMM_MAX_ROWS:
             yield tinygemm(x, weight, dense, rotate_bytes)
         elif name == "gemlite":
             yield gemlite(x, weight, dense, rotate_bytes)
-        elif name.startswith("w4"):
+        elif name in OURS and name not in SPARSE:
             yield ours(name, x, weight, dense, rotate_bytes)
 
 
@@ -305,15 +343,19 @@ def kernels_here(asked: Sequence[str] | None) -> list[str]:
     """Those asked for, or all that are installed.
 
     Raises:
-        ImportError: gemlite is asked for by name, and is not installed.
+        ImportError: a kernel that is asked for by name is not installed.
     """
-    if importlib.util.find_spec("gemlite") is not None:
-        return list(asked or KERNELS)
-    if asked and "gemlite" in asked:
-        raise ImportError("bench: expected gemlite, which is not installed; pip install gemlite")
-    if not asked:
-        print("gemlite is not installed: left out", file=sys.stderr)
-    return [name for name in asked or KERNELS if name != "gemlite"]
+    cures = {}
+    if importlib.util.find_spec("gemlite") is None:
+        cures["gemlite"] = "pip install gemlite"
+    if not torch.backends.cusparselt.is_available():
+        cures["cusparselt_fp16"] = "install a torch that was built with cuSPARSELt"
+    for name, cure in cures.items():
+        if asked and name in asked:
+            raise ImportError(f"bench: expected {name}, which is not installed; {cure}")
+        if not asked:
+            print(f"{name} is not installed: left out", file=sys.stderr)
+    return [name for name in asked or KERNELS if name not in cures]
 
 
 def run(options: argparse.Namespace, out: TextIO) -> bool:
@@ -338,6 +380,7 @@ def run(options: argparse.Namespace, out: TextIO) -> bool:
     table.writerow(COLUMNS)
     all_right = True
     weights: list[tuple[Weight, Tensor]] = []
+    sparse: list[tuple[Weight, Tensor]] = []
     made_for = (0, 0)
     for (N, K), M in itertools.product(options.shapes, options.rows):
         if made_for != (N, K):
@@ -345,6 +388,10 @@ def run(options: argparse.Namespace, out: TextIO) -> bool:
             kinds = itertools.product(options.group_sizes, options.zero_points)
             made = (make_weight(N, K, group_size or K, zeros) for group_size, zeros in kinds)
             weights += [(weight, weight.dequantize()) for weight in made]
+            sparse.clear()
+            if any(name in SPARSE for name in kernels):
+                halves = [half_dropped(w) for w, _ in weights if w.zero_point is None]
+                sparse += [(half, half.dequantize()) for half in halves]
             made_for = (N, K)
         x = torch.randn(M, K, generator=torch.Generator().manual_seed(M)).to(options.dtype).cuda()
         candidates = [
@@ -352,8 +399,12 @@ def run(options: argparse.Namespace, out: TextIO) -> bool:
             for weight, dense in weights
             for candidate in candidates_for(kernels, x, weight, dense, rotate_bytes)
         ]
+        if "marlin24" in kernels:
+            candidates += [ours("marlin24", x, half, d, rotate_bytes) for half, d in sparse]
         if "cublas_fp16" in kernels:
             candidates.append(cublas(x, weights[-1][1], rotate_bytes))
+        if "cusparselt_fp16" in kernels and sparse:
+            candidates.append(cusparselt(x, sparse[-1][1], rotate_bytes))
         right = [candidate.is_right() for candidate in candidates]
         timed = [c for c, is_right in zip(candidates, right, strict=True) if is_right]
         for candidate in timed:

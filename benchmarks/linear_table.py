@@ -34,6 +34,7 @@ CELLS = (
     f"Microseconds a call; up to M = {MEMORY_BOUND_ROWS} with the share of 4.3 TB/s that the",
     "kernel's own bytes make, beyond with the speed over cuBLAS in float16. `g32 z`: groups of 32",
     "with zero points. `w4a8` quantises x in the call, `w4a8_quantized_x` has it quantised before.",
+    "These three read coalesced.v1. The weights of `marlin24` and `cusparselt_fp16` are 2:4.",
 )
 
 

@@ -24,11 +24,18 @@ COLOURS = {
     "w4a16": "#1f6fb4",
     "w4a8": "#c23b22",
     "w4a8_quantized_x": "#f28e2b",
+    "marlin": "#2e8b57",
+    "marlin24": "#7b3fa0",
     "cublas_fp16": "#999999",
     "tinygemm": "#8cbf88",
     "gemlite": "#b39ddb",
+    "cusparselt_fp16": "#c9a66b",
 }
-LEGEND = {"cublas_fp16": "cublas_fp16, 4x the bytes"}
+OURS = ("w4", "marlin")
+DOTTED = {  # name -> in the legend
+    "cublas_fp16": "cublas_fp16, 4x the bytes",
+    "cusparselt_fp16": "cusparselt_fp16 2:4, 2.25x the bytes",
+}
 PANEL_INCHES = (4.2, 3.0)
 MAX_COLUMNS = 4
 
@@ -121,7 +128,7 @@ def draw(table: Path | io.StringIO, to: Path) -> None:
         panel.set_xlabel("M, rows of x")
     figure.legend(
         list(lines.values()),
-        [LEGEND.get(text, text) for text in lines],
+        [DOTTED.get(text, text) for text in lines],
         loc="outside lower center",
         ncols=2 * n_columns,
         fontsize=8,
@@ -143,11 +150,11 @@ def _style(text: str) -> dict[str, Any]:
     kernel, *rest = text.split()
     return {
         "color": COLOURS[kernel],
-        "linestyle": ":" if kernel == "cublas_fp16" else "--" if "g128" in rest else "-",
+        "linestyle": ":" if kernel in DOTTED else "--" if "g128" in rest else "-",
         "marker": "o" if "z" in rest else ".",
         "markersize": 4,
         "markerfacecolor": "white" if "z" in rest else COLOURS[kernel],
-        "linewidth": 1.6 if kernel.startswith("w4") else 1.2,
+        "linewidth": 1.6 if kernel.startswith(OURS) else 1.2,
     }
 
 
