@@ -7,6 +7,7 @@ CudaMarlin24Int4Tensor    marlin24.v1    the same, 2:4 sparse: half of the codes
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -175,9 +176,8 @@ class CudaMarlinInt4Tensor(_DenseInt4Tensor):
         ).unpack()  # fmt: skip
 
     def _code_rows(self, indices: Tensor) -> Tensor:
-        k = torch.arange(marlin_layouts.K_TILE[MARLIN], device=indices.device)
-        bit = marlin_layouts.marlin_bit_offset(indices.unsqueeze(-1), k, *self.shape)  # type: ignore[arg-type]
-        return _bits_of_rows(self.qdata, bit, 4, 8).flatten(-2).float()
+        bit_offset = marlin_layouts.marlin_bit_offset
+        return _nibbles_of_rows(self.qdata, indices, range(16), bit_offset, self.shape)
 
     def _scale_rows(self, scale: Tensor, indices: Tensor) -> Tensor:
         place = marlin_layouts.marlin_scale_index(indices, 0, self.shape[0], len(scale))  # type: ignore[arg-type]
@@ -273,17 +273,16 @@ class CudaMarlin24Int4Tensor(CudaInt4Tensor):
         ).unpack()  # fmt: skip
 
     def _code_rows(self, indices: Tensor) -> Tensor:
-        n = indices.unsqueeze(-1)
-        kc = torch.arange(16, device=indices.device)
-        bit = marlin_layouts.marlin24_bit_offset(n, kc, *self.shape)  # type: ignore[arg-type]
-        kept = _bits_of_rows(self.qdata, bit, 4, 8).flatten(-2).unflatten(-1, (-1, 2))
-        bit = marlin_layouts.marlin24_meta_bit_offset(n, 4 * kc[:8], *self.shape)  # type: ignore[arg-type]
-        places = _bits_of_rows(self.meta, bit, 4, 16).flatten(-2)
-        first, second = (place.unsqueeze(-1) for place in (places & 3, places >> 2))
-        four = torch.arange(4, device=indices.device)
-        eights = torch.full_like(four, int(SYMMETRIC_ZERO_POINT))
-        codes = torch.where(four == second, kept[..., 1:], eights)
-        return torch.where(four == first, kept[..., :1], codes).flatten(-2).float()
+        offsets = marlin_layouts.marlin24_bit_offset, marlin_layouts.marlin24_meta_bit_offset
+        kept = _nibbles_of_rows(self.qdata, indices, range(16), offsets[0], self.shape)
+        places = _nibbles_of_rows(self.meta, indices, range(0, 32, 4), offsets[1], self.shape)
+        places, kept = places.unsqueeze(-1), kept.unflatten(-1, (-1, 2))
+        second = torch.floor(places * 0.25)
+        first = places - 4 * second
+        at = torch.arange(4.0, device=kept.device)
+        eights = torch.full_like(at, SYMMETRIC_ZERO_POINT)
+        codes = torch.where(at == second, kept[..., 1:], eights)
+        return torch.where(at == first, kept[..., :1], codes).flatten(-2)
 
     def _scale_rows(self, scale: Tensor, indices: Tensor) -> Tensor:
         place = marlin_layouts.marlin24_scale_index(indices, 0, self.shape[0], len(scale))  # type: ignore[arg-type]
@@ -322,7 +321,24 @@ def _shape(weight: CudaInt4Tensor) -> tuple[int, int]:
     return N, K
 
 
-def _bits_of_rows(tiles: Tensor, bit: Tensor, n_bits: int, element_bits: int) -> Tensor:
-    """The ``n_bits`` at each ``bit`` (of the first row of tiles) in every row: [..., row, bit]."""
-    words = tiles[:, bit // element_bits].to(torch.int32)  # a sign beyond bit 15 is masked away
-    return (words >> (bit % element_bits)).bitwise_and(2**n_bits - 1).movedim(0, -2)
+def _nibbles_of_rows(
+    tiles: Tensor,
+    indices: Tensor,
+    ks: range,
+    bit_offset: Callable[..., Any],
+    shape: tuple[int, ...],
+) -> Tensor:
+    """The 4 bits of weights (n, k) in every row of tiles: n of indices [...], [..., rows * ks].
+
+    In float arithmetic, exact for 16 bits, so that an exported lookup needs no bitwise kernel. How
+    far a nibble is from the start of its word depends on k alone.
+    """
+    word_bits = 8 * tiles.dtype.itemsize
+    all_ks = torch.tensor(list(ks), device=tiles.device)
+    words = bit_offset(indices.unsqueeze(-1), all_ks, *shape) // word_bits
+    shifts = [bit_offset(0, k, *shape) % word_bits for k in ks]
+    found = tiles[:, words].to(torch.float32).movedim(0, -2)
+    found = found - 65536 * torch.floor(found / 65536)  # of int16: as if it had no sign
+    powers = torch.tensor([2.0**-shift for shift in shifts], device=tiles.device)
+    nibbles = torch.floor(found * powers)
+    return (nibbles - 16 * torch.floor(nibbles / 16)).flatten(-2)
