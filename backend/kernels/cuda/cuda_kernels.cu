@@ -8,6 +8,7 @@
 #include "matmul_marlin.cuh"
 #include "matmul_w4a16.cuh"
 #include "matvec_marlin.cuh"
+#include "matvec_marlin24.cuh"
 #include "matvec_w4a16_coalesced.cuh"
 #include "matvec_w4a16_mma.cuh"
 
@@ -84,7 +85,8 @@ constexpr CudaKernels kKernels = {linear_coalesced_w4a16,
                                   matmul_marlin,
                                   matmul_marlin24_scratch_bytes,
                                   matmul_marlin24,
-                                  matvec_marlin};
+                                  matvec_marlin,
+                                  matvec_marlin24};
 
 }  // namespace
 

@@ -1,17 +1,44 @@
-// cuda_int4::linear on marlin24.v1 on CUDA.
+// cuda_int4::linear on marlin24.v1 on CUDA: what the table has, or why not.
 #include "../checks.h"
 #include "../layouts.h"
 #include "../marlin.h"
+#include "cuda_kernels.h"
 
 namespace cuda_int4 {
 
-uint64_t cuda_linear_marlin24_scratch_bytes(const LinearArgs&) { return 0; }
+namespace {
 
-Status cuda_linear_marlin24(const LinearArgs& args, const ExecutionContext&) {
-  return error(StatusCode::kUnsupported,
-               "%.200s: expected a layout with CUDA kernels in this build (coalesced.v1), got "
-               "marlin24.v1; use device cpu, or pack the weight as coalesced.v1",
-               weight_name(args));
+bool is_int8(const LinearArgs& args) { return args.activation[0] == 'i'; }
+
+// More rows of x than the mat-vecs are for, in a dtype that tensor cores take.
+bool is_matmul(const LinearArgs& args) {
+  return !is_int8(args) && linear_M(args) > 16 && args.x.dtype != DType::kFloat32;
+}
+
+}  // namespace
+
+uint64_t cuda_linear_marlin24_scratch_bytes(const LinearArgs& args) {
+  if (is_int8(args)) return quantized_activation_bytes(linear_M(args), linear_K(args));
+  if (cuda_kernels() == nullptr || !is_matmul(args)) return 0;
+  return cuda_kernels()->matmul_marlin24_scratch_bytes(args);
+}
+
+Status cuda_linear_marlin24(const LinearArgs& args, const ExecutionContext& context) {
+  const CudaKernels* kernels = cuda_kernels();
+  if (kernels == nullptr) {
+    return error(StatusCode::kUnsupported,
+                 "%.200s: expected a library with CUDA kernels, this one was built without nvcc; "
+                 "use device cpu, or build again with nvcc on the PATH",
+                 weight_name(args));
+  }
+  if (is_matmul(args)) return kernels->matmul_marlin24(args, context);
+  if (!is_int8(args) || context.quantized_x != nullptr) {
+    return kernels->matvec_marlin24(args, context);
+  }
+  ExecutionContext with_x = context;
+  CUDA_INT4_RETURN_IF_ERROR(kernels->quantize_int8(args.x, context.scratch, context));
+  with_x.quantized_x = context.scratch;
+  return kernels->matvec_marlin24(args, with_x);
 }
 
 }  // namespace cuda_int4
