@@ -55,21 +55,25 @@ __global__ void __launch_bounds__(1024) softmax_rows_kernel(SoftmaxArgs p) {
     float sum = 0.f;
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
-      if (threadIdx.x + int64_t{i} * blockDim.x < p.n) sum += expf(held[i] - max);
+      if (threadIdx.x + int64_t{i} * blockDim.x >= p.n) continue;
+      const float power = expf(held[i] - max);
+      sum += power;
+      held[i] = p.is_log ? held[i] - max : power;
     }
     for (int64_t j = first_unheld; j < p.n; j += blockDim.x) sum += expf(as_float(x[j]) - max);
     sum = row_sum(sum, sum_slots);
 
-    const float log_sum = p.is_log ? logf(sum) : 0.f;
-    const auto result = [&](float value) {
-      return from_float<Y>(p.is_log ? value - max - log_sum : expf(value - max) / sum);
-    };
+    // One division a row: a quotient for each value takes the time of its expf again.
+    const float log_sum = p.is_log ? logf(sum) : 0.f, factor = 1.f / sum;
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
       const int64_t j = threadIdx.x + int64_t{i} * blockDim.x;
-      if (j < p.n) y[j] = result(held[i]);
+      if (j < p.n) y[j] = from_float<Y>(p.is_log ? held[i] - log_sum : held[i] * factor);
     }
-    for (int64_t j = first_unheld; j < p.n; j += blockDim.x) y[j] = result(as_float(x[j]));
+    for (int64_t j = first_unheld; j < p.n; j += blockDim.x) {
+      const float value = as_float(x[j]) - max;
+      y[j] = from_float<Y>(p.is_log ? value - log_sum : expf(value) * factor);
+    }
   }
 }
 
