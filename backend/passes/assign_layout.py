@@ -70,7 +70,7 @@ class AssignLayoutPass(ExportedProgramPassBase):
             args.x.meta["val"].shape[-1],
             args.group_size,
             is_symmetric(program, args),
-            lambda: is_24(read_weight(program, args, args.layout_tag, who=name)),
+            lambda: is_24(read_weight(program, node, args.layout_tag, who=name)),
             activation,
         )
         return choose_layout(self.layout, form, who=name)

@@ -80,7 +80,7 @@ def _uses_by_weight(program: ExportedProgram) -> dict[tuple, list[Node]]:
 def _pack(program: ExportedProgram, node: Node) -> tuple[Node | None, ...]:
     args = linear_args(node)
     name = weight_name(program, node)
-    canonical = read_weight(program, args, node.meta[STORED_TAG], who=name)
+    canonical = read_weight(program, node, node.meta[STORED_TAG], who=name)
     weight = TENSORS[args.layout_tag].from_int4(canonical, who=name)
     data = [getattr(weight, part) for part in _PARTS]
     return tuple(

@@ -11,20 +11,21 @@ from ..layouts import PLAIN
 from ..packing import SYMMETRIC_ZERO_POINT
 from ..tensors import TENSORS
 from .graph import constant_tensor
-from .int4_linear import LinearArgs
+from .int4_linear import LinearArgs, linear_args
 
 
 def read_weight(
-    program: ExportedProgram, args: LinearArgs, stored_tag: str, *, who: str
+    program: ExportedProgram, linear: Node, stored_tag: str, *, who: str
 ) -> CanonicalInt4:
     """The canonical weight; a zero point that is 8 everywhere is dropped.
 
     Args:
         program: holds the constants.
-        args: of the linear.
+        linear: the node; its ``layout_tag`` may be another one already.
         stored_tag: the layout that the constants' bytes have.
         who: the weight's name, for messages.
     """
+    args = linear_args(linear)
     parts = {
         name: _data(program, part)
         for name, part in zip(("qdata", "scale", "zero_point", "meta"), args.weight, strict=True)
@@ -35,9 +36,7 @@ def read_weight(
         if zero_point is None:
             return CanonicalInt4(qdata, scale.t().contiguous(), None, args.group_size)
         return from_executorch(qdata, scale, zero_point, args.group_size, who=who)
-    K, N = args.x.meta["val"].shape[-1], args.out_features
-    if N is None:
-        N = qdata.shape[0]
+    N, K = linear.meta["val"].shape[-1], args.x.meta["val"].shape[-1]
     present = {name: part for name, part in parts.items() if part is not None}
     packed = TENSORS[stored_tag](
         **present,
