@@ -127,6 +127,33 @@ def test_program_agrees_with_eager_in_float32(tmp_path):
     assert found.n_equal == found.n_tokens, found
 
 
+@pytest.mark.parametrize("activation", ["none", "int8"])
+@pytest.mark.parametrize("layout", ["marlin", "marlin24"])
+def test_programs_in_tensor_core_orders_have_the_logits_of_the_row_major_one(
+    layout, activation, tmp_path
+):
+    """The CPU's kernels are the oracle of the GPU's: the same bits from other packed bytes."""
+    logits, generated = [], []
+    for form in ("coalesced", layout):
+        _, path = byte_llama.build(
+            tmp_path / f"{form}.pte",
+            method="min_max",
+            activation=activation,
+            layout=form,
+            prune=layout == "marlin24",
+            max_context=CONTEXT,
+        )
+        tags = {weight["layout_tag"] for weight in cuda_int4.inspect(path)["weights"]}
+        assert tags == {f"{form}.v1"}
+        program = cuda_int4.load(path, device="cpu")
+        tokens = torch.tensor([[0, *TEXT[:63]]])
+        logits.append(program.forward(tokens, torch.arange(64))[0])
+        program.reset()
+        generated.append(program.generate(tokens[0, :16].tolist(), max_new_tokens=32).tokens)
+    assert torch.equal(*logits) and logits[0].isfinite().all()
+    assert generated[0] == generated[1]
+
+
 def test_executorchs_llama_agrees_with_eager(tmp_path):
     spec = importlib.util.spec_from_file_location("llama_export", EXAMPLES / "llama" / "export.py")
     llama = importlib.util.module_from_spec(spec)

@@ -2,6 +2,7 @@
 
     python export.py                                        # bf16 activations, groups of 32
     python export.py --group-size 128 --activation int8 -o small.pte
+    python export.py --prune --layout marlin24 -o sparse.pte
     cuda-int4 run byte_llama.pte --tokenizer bytes --prompt 'def main():'
 
 ``forward(tokens [1, S] int64, input_pos [S] int64) -> logits [1, S, 256]`` with S from 1 to the
@@ -33,18 +34,26 @@ def build(
     symmetric: bool = True,
     method: str = "hqq",
     activation: str = "none",
+    layout: str = "auto",
+    prune: bool = False,
     dtype: torch.dtype = torch.bfloat16,
     max_context: int = 2048,
     external_weights: bool = False,
 ) -> tuple[ByteLlama, str]:
-    """Quantize, export, and write ``path``.
+    """Quantize, export, and write ``path``; with ``prune``, made 2:4 by magnitude before.
 
     Returns:
         The eager model with the same int4 weights and an empty cache, and the path written.
     """
     model = load(weights, max_context=max_context, dtype=dtype)
+    if prune:
+        cuda_int4.prune_24_(model)
     config = cuda_int4.Int4Config(
-        group_size=group_size, symmetric=symmetric, method=method, activation=activation
+        group_size=group_size,
+        symmetric=symmetric,
+        method=method,
+        layout=layout,
+        activation=activation,
     )
     cuda_int4.quantize_(model, config)
     length = torch.export.Dim("length", min=1, max=max_context)
@@ -53,6 +62,7 @@ def build(
         (torch.zeros(1, 8, dtype=torch.long), torch.arange(8)),
         path,
         dynamic_shapes=({1: length}, {0: length}),
+        layout=layout,
         activation=activation,
         constant_methods={
             "get_max_seq_len": max_context,
@@ -133,6 +143,8 @@ def main() -> None:
     )
     parser.add_argument("--method", choices=["min_max", "hqq"], default="hqq")
     parser.add_argument("--activation", choices=["none", "int8"], default="none")
+    parser.add_argument("--layout", default="auto", help="order of the weights in memory")
+    parser.add_argument("--prune", action="store_true", help="make the weights 2:4 before")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
     parser.add_argument("--max-context", type=int, default=2048)
     parser.add_argument("--external-weights", action="store_true", help="weights in a .ptd")
@@ -144,6 +156,8 @@ def main() -> None:
         symmetric=not args.asymmetric,
         method=args.method,
         activation=args.activation,
+        layout=args.layout,
+        prune=args.prune,
         dtype=DTYPES[args.dtype],
         max_context=args.max_context,
         external_weights=args.external_weights,
