@@ -6,7 +6,9 @@
 The model (decode_model.py) is exported on this machine, with the standard calls, and run by the
 C++ decode loop: ``prefill`` rows are the tokens per second at which a prompt is read (the first
 token is chosen from it), ``decode`` rows the tokens per second that follow a prompt of that many
-tokens. Of each decode row the first tokens are not counted: they make the CUDA graph.
+tokens, ``step of 16`` rows those of calls that take 16 tokens behind it, as speculative decoding
+makes them (the linears then have 16 rows of x). Of each decode row the first tokens are not
+counted: they make the CUDA graph.
 ``floor_fraction`` is the share of the memory floor: the bytes that a token needs (the int4 weights,
 the head's included, and the keys and values of the context, each once) over 4.3 TB/s, the bus of an
 H200, over the time taken.
@@ -34,14 +36,19 @@ import torch
 
 import cuda_int4
 import decode_model
+from cuda_int4.layouts import COALESCED
+from cuda_int4.marlin_layouts import MARLIN, MARLIN24
 from cuda_int4.model import Model, Profile
 from machine import choose_device, command_line, commit_id, cpu_name, driver_version
 
 COLUMNS = (
-    "model,layers,dtype,activation,group_size,zero_points,phase,context,us_p10,us_median,us_p90,"
+    "model,layers,dtype,layout,activation,group_size,zero_points,phase,context,us_p10,us_median,us_p90,"
     "tokens_per_s,floor_us,floor_fraction,peak_device_MB,machine,commit"
 ).split(",")
 BUS_BYTES_PER_S = 4.3e12
+LAYOUTS = {"coalesced": COALESCED, "marlin": MARLIN, "marlin24": MARLIN24}
+STEP_TOKENS = 16
+STEP_RUNS = 20
 UNCOUNTED_TOKENS = 4
 CHECKED_TOKENS = 8
 MAX_SEQ_LEN = 2048  # tokens that one forward takes; longer prompts are read in parts
@@ -77,7 +84,8 @@ class Row:
 def export(config: decode_model.Config, options: argparse.Namespace, path: Path) -> None:
     """Write the ``.pte``."""
     start = time.perf_counter()
-    max_context = max(options.context + options.prefill) + options.new_tokens + CHECKED_TOKENS
+    max_new_tokens = max(options.new_tokens, STEP_TOKENS)
+    max_context = max(options.context + options.prefill) + max_new_tokens + CHECKED_TOKENS
     model = decode_model.build(
         config,
         max_context=max_context,
@@ -86,6 +94,7 @@ def export(config: decode_model.Config, options: argparse.Namespace, path: Path)
         zero_points=options.zero_points,
         activation=options.activation,
         dense_head=options.dense_head,
+        layout_tag=LAYOUTS[options.layout],
     )
     max_seq_len = min(MAX_SEQ_LEN, max_context)
     length = torch.export.Dim("length", min=1, max=max_seq_len)
@@ -169,6 +178,17 @@ def measure(
         floor_us = needed / BUS_BYTES_PER_S * 1e6
         rows.append(Row("decode", n, steps[UNCOUNTED_TOKENS:], 1, floor_us))
         print(f"decode at {n}: {rows[-1].tokens_per_s:.1f} tokens/s", file=sys.stderr)
+        tokens = torch.tensor([prompt[:STEP_TOKENS]])
+        places = torch.arange(n, n + STEP_TOKENS)
+        times = []
+        for _ in range(UNCOUNTED_TOKENS + STEP_RUNS):
+            start = time.perf_counter()
+            model.forward(tokens, places)
+            times.append((time.perf_counter() - start) * 1e6)
+        needed = weight_bytes + config.cache_bytes_read(n + STEP_TOKENS, element_bytes)
+        floor_us = needed / BUS_BYTES_PER_S * 1e6
+        times = times[UNCOUNTED_TOKENS:]
+        rows.append(Row(f"step of {STEP_TOKENS}", n, times, STEP_TOKENS, floor_us))
     return rows
 
 
@@ -225,8 +245,8 @@ def report(
     """The table as CSV, and as Markdown."""
     machine = machine_name(options.device)
     case = [
-        options.model, config.n_layers, options.dtype, options.activation, options.group_size,
-        int(options.zero_points),
+        options.model, config.n_layers, options.dtype, options.layout, options.activation,
+        options.group_size, int(options.zero_points),
     ]  # fmt: skip
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
@@ -236,7 +256,7 @@ def report(
         table.writerow([*case, *row.cells(), f"{peak_MB:.0f}", machine, options.commit])
     kind = "w4a16" if options.activation == "none" else "w4a8"
     lines = [
-        f"# {options.model}, {kind}, group size {options.group_size}",
+        f"# {options.model}, {options.layout}, {kind}, group size {options.group_size}",
         "",
         *(f"- {note}" for note in notes),
         f"- peak device memory {peak_MB:.0f} MB",
@@ -273,6 +293,7 @@ def run(options: argparse.Namespace, folder: Path) -> None:
         options.group_size,
         options.zero_points,
         DTYPES[options.dtype].itemsize if options.dense_head else 0,
+        LAYOUTS[options.layout],
     )
     start = time.perf_counter()
     model = load(path, options.device, options.cuda_graph)
@@ -315,6 +336,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--layers", type=int, default=0, help="fewer than the model has")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16")
+    parser.add_argument("--layout", choices=tuple(LAYOUTS), default="coalesced")
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--zero-points", action="store_true")
     parser.add_argument(

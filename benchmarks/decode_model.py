@@ -20,7 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cuda_int4.tensors import CudaCoalescedInt4Tensor
+from cuda_int4.layouts import COALESCED
+from cuda_int4.marlin_layouts import MARLIN24, padded_n
+from cuda_int4.sparse24 import VALID_META
+from cuda_int4.tensors import TENSORS, CudaInt4Tensor
 
 CODE_STD = math.sqrt(21.5)  # of a code 0..15 less 8, around 0
 
@@ -240,14 +243,24 @@ class RandomWeights:
 
     POOL_BYTES = 1 << 26
 
-    def __init__(self, dtype: torch.dtype, group_size: int, zero_points: bool, activation: str):
-        self.dtype, self.group_size = dtype, group_size
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        group_size: int,
+        zero_points: bool,
+        activation: str,
+        layout_tag: str = COALESCED,
+    ):
+        self.dtype, self.group_size, self.layout_tag = dtype, group_size, layout_tag
         self.scale_dtype = torch.bfloat16 if dtype == torch.float32 else dtype
         self.zero_points, self.activation = zero_points, activation
         generator = torch.Generator().manual_seed(0)
         n = self.POOL_BYTES
         self.bytes = torch.randint(0, 256, (n,), dtype=torch.uint8, generator=generator)
         self.floats = torch.rand(n // 8, generator=generator)
+        places = torch.tensor(VALID_META)[torch.randint(6, (4, n // 8), generator=generator)]
+        shifts = torch.tensor([0, 4, 8, 12]).unsqueeze(1)
+        self.places = (places << shifts).sum(0).to(torch.int16)  # of kept codes, four a word
         self.n_made = 0
 
     def _take(self, pool: Tensor, n: int) -> Tensor:
@@ -261,42 +274,62 @@ class RandomWeights:
             left, start = left - len(part), 0
         return torch.cat(parts)
 
-    def weight(self, N: int, K: int) -> CudaCoalescedInt4Tensor:
-        """One [N, K] weight."""
+    def weight(self, N: int, K: int) -> CudaInt4Tensor:
+        """One [N, K] weight, packed as it is drawn: any bytes are codes in every layout."""
         group_size = self.group_size or K
-        n_groups = K // group_size
-        size = 1 / (CODE_STD * math.sqrt(K))
-        scale = (self._take(self.floats, N * n_groups) * 0.4 + 0.8) * size
-        zero_point = None
+        sizes = part_sizes(N, K, group_size, self.layout_tag)
+        kept = 0.5 if "meta" in sizes else 1.0
+        size = 1 / (CODE_STD * math.sqrt(kept * K))
+        scale = (self._take(self.floats, math.prod(sizes["scale"])) * 0.4 + 0.8) * size
+        parts = {
+            "qdata": self._take(self.bytes, math.prod(sizes["qdata"])).view(sizes["qdata"]),
+            "scale": scale.to(self.scale_dtype).view(sizes["scale"]),
+        }
+        if "meta" in sizes:
+            parts["meta"] = self._take(self.places, math.prod(sizes["meta"])).view(sizes["meta"])
         if self.zero_points:
-            zero_point = (self._take(self.floats, N * n_groups) * 2 + 7).view(N, n_groups)
-        return CudaCoalescedInt4Tensor(
-            self._take(self.bytes, N * K // 2).view(N, K // 2),
-            scale.to(self.scale_dtype).view(N, n_groups),
-            group_size,
-            "coalesced.v1",
-            self.activation,
-            (N, K),
-            self.dtype,
-            None if zero_point is None else zero_point.to(self.scale_dtype),
-        )
+            zero_point = self._take(self.floats, scale.numel()) * 2 + 7
+            parts["zero_point"] = zero_point.to(self.scale_dtype).view(sizes["scale"])
+        return TENSORS[self.layout_tag](
+            **parts, group_size=group_size, layout_tag=self.layout_tag,
+            activation=self.activation, shape=(N, K), dtype=self.dtype,
+        )  # type: ignore[call-arg]  # fmt: skip
 
 
-def weight_bytes(N: int, K: int, group_size: int, zero_points: bool) -> int:
-    """Of one weight as ``RandomWeights`` makes it, with 16-bit scales."""
+def part_sizes(N: int, K: int, group_size: int, layout_tag: str) -> dict[str, tuple[int, int]]:
+    """Of qdata, scale and, where the layout is 2:4, meta: layouts.md."""
     n_groups = K // (group_size or K)
-    return N * K // 2 + N * n_groups * (4 if zero_points else 2)
+    if layout_tag == COALESCED:
+        return {"qdata": (N, K // 2), "scale": (N, n_groups)}
+    Np = padded_n(N)
+    if layout_tag == MARLIN24:
+        return {"qdata": (K // 32, 8 * Np), "scale": (n_groups, Np), "meta": (K // 32, 2 * Np)}
+    return {"qdata": (K // 16, 8 * Np), "scale": (n_groups, Np)}
+
+
+def weight_bytes(
+    N: int, K: int, group_size: int, zero_points: bool, layout_tag: str = COALESCED
+) -> int:
+    """Of one weight as ``RandomWeights`` makes it, with 16-bit scales."""
+    sizes = part_sizes(N, K, group_size, layout_tag)
+    scales = math.prod(sizes["scale"]) * (4 if zero_points else 2)
+    return math.prod(sizes["qdata"]) + scales + 2 * math.prod(sizes.get("meta", (0,)))
 
 
 def bytes_a_token_reads(
-    config: Config, group_size: int, zero_points: bool, dense_head_bytes: int = 0
+    config: Config,
+    group_size: int,
+    zero_points: bool,
+    dense_head_bytes: int = 0,
+    layout_tag: str = COALESCED,
 ) -> int:
     """Of all weights of linears; ``dense_head_bytes`` an element where the head is not int4."""
     *linears, (N, K) = config.linears
-    layers = sum(weight_bytes(n, k, group_size, zero_points) for n, k in linears)
+    form = (group_size, zero_points, layout_tag)
+    layers = sum(weight_bytes(n, k, *form) for n, k in linears)
     if dense_head_bytes:
         return layers + N * K * dense_head_bytes
-    return layers + weight_bytes(N, K, group_size, zero_points)
+    return layers + weight_bytes(N, K, *form)
 
 
 def build(
@@ -308,6 +341,7 @@ def build(
     zero_points: bool = False,
     activation: str = "none",
     dense_head: bool = False,
+    layout_tag: str = COALESCED,
 ) -> Decoder:
     """A model in eval mode whose linears, and head unless it is dense, hold random int4 weights.
 
@@ -315,7 +349,7 @@ def build(
     """
     with torch.device("meta"):
         model = Decoder(config, max_context)
-    weights = RandomWeights(dtype, group_size, zero_points, activation)
+    weights = RandomWeights(dtype, group_size, zero_points, activation, layout_tag)
     for module in model.modules():
         if module is model.output and dense_head:
             N, K = module.out_features, module.in_features
