@@ -138,7 +138,7 @@ class Checker:
         self.generator = torch.Generator("cuda").manual_seed(1)
 
     def note(self, right: Tensor, what: str, *numbers: Tensor) -> None:
-        """One check and the numbers for its message; all still on the GPU, which is not waited for."""
+        """One check, and numbers for its message; the GPU is not waited for."""
         self.noted.append((right, what, numbers))
 
     def settle(self) -> bool:
@@ -208,7 +208,7 @@ class Checker:
         scratch, n_bytes = scratch_for(args)
         self.n_calls += 1
         if self.n_calls % 2 == 0:
-            torch.cuda.synchronize()  # what made the weight has run: a constant one may be read early
+            torch.cuda.synchronize()  # what made the weight has run: constants are read early
         launch(args, scratch, is_constant=self.n_calls % 2 == 0)
         around = torch.cat((memory[:skip], memory[skip + y_bytes :], scratch[n_bytes:]))
         return y, (around == 0xFF).all()
@@ -280,7 +280,7 @@ def check_shapes(checker: Checker, shapes: tuple, rows: tuple, quick: bool) -> N
         print(f"N={N:5} K={K:5} group_size={group_size or K:5}  {verdict}", flush=True)
 
 
-def check_special(checker: Checker) -> None:
+def check_special(checker: Checker, quick: bool) -> None:
     """A large mean, inf, chains that overlap, graphs, more rows than a grid has."""
     for dtype in DTYPES[:2]:
         weight, exact = checker.weight(515, 1088, 32, dtype)
@@ -313,7 +313,7 @@ def check_special(checker: Checker) -> None:
                 with torch.cuda.graph(graph):
                     for args in calls:
                         launch(args, scratch, is_constant)
-                for _ in range(5):
+                for _ in range(1 if quick else 5):
                     for y in ys:
                         y.fill_(float("nan"))
                     graph.replay()
@@ -323,8 +323,9 @@ def check_special(checker: Checker) -> None:
                     checker.note(same, f"a chain in a graph differs {what}")
     empty = torch.empty(0, 1024, dtype=dtype, device="cuda")
     checker.note(checker.call(empty, links[0])[1], "no rows")
-    weight, exact = checker.weight(5, 32, 32, torch.float32)
-    checker.compare(checker.random(70001, 32), weight, exact, "more rows than a grid has")
+    if not quick:
+        weight, exact = checker.weight(5, 32, 32, torch.float32)
+        checker.compare(checker.random(70001, 32), weight, exact, "more rows than a grid has")
     checker.settle()
 
 
@@ -386,7 +387,7 @@ def main() -> int:
         check_shapes(checker, shapes, QUICK_ROWS, quick=True)
     else:
         check_shapes(checker, SHAPES, ROWS, quick=False)
-    check_special(checker)
+    check_special(checker, options.quick)
     print(f"{checker.n_right} right, {len(checker.failures)} wrong")
     if options.time:
         time_shapes()
