@@ -38,7 +38,8 @@ uint64_t matmul_w4a16_scratch_bytes(const LinearArgs& args) {
 }
 
 Status matmul_w4a16(const LinearArgs& args, const ExecutionContext& context) {
-  const MatmulW4A16Args p = kernel_args(args);
+  MatmulW4A16Args p = kernel_args(args);
+  p.constant_weights = context.constant_weights;
   const cudaStream_t stream = static_cast<cudaStream_t>(context.stream);
   const int n_multiprocessors = hopper_multiprocessors();
   const cudaError_t error =

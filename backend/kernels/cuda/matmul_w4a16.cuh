@@ -20,6 +20,7 @@ struct MatmulW4A16Args {  // device pointers; sizes in elements
   DType scale_dtype;
   DType zero_point_dtype;
   int64_t M, N, K, group_size;
+  bool constant_weights;  // ExecutionContext
 };
 
 // Tensor cores of sm_80 and later.

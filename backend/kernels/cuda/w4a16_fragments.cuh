@@ -51,6 +51,20 @@ struct HalfFormat<__nv_bfloat16> {
   static constexpr float kMaxWhole = 120.f;  // 128 + whole and q - whole are exact in bf16
 };
 
+template <typename Pair>
+__device__ __forceinline__ Pair pair_of_bits(uint32_t bits) {
+  Pair pair;
+  memcpy(&pair, &bits, sizeof(pair));
+  return pair;
+}
+
+template <typename Pair>
+__device__ __forceinline__ uint32_t bits_of_pair(Pair pair) {
+  uint32_t bits;
+  memcpy(&bits, &pair, sizeof(bits));
+  return bits;
+}
+
 // What a group's codes are turned into weights with.
 template <typename T>
 struct GroupScale {
@@ -61,18 +75,23 @@ struct GroupScale {
 };
 
 // is_split: one register has low codes and the other high ones; else both have a low and a high one.
+// Rounded by an addition and converted by twos: those that do one value run at an eighth of the rate.
 template <typename T>
 __device__ __forceinline__ GroupScale<T> group_scale(float scale, float zero, bool is_split) {
-  constexpr float kMax = HalfFormat<T>::kMaxWhole;
-  const float whole = fminf(fmaxf(rintf(zero), -kMax), kMax);
-  const T low = from_float<T>(-(HalfFormat<T>::kLowMagic + whole));
-  const T high = from_float<T>(-(HalfFormat<T>::kHighMagic + whole));
-  const T scale_value = from_float<T>(scale), rest = from_float<T>((whole - zero) * scale);
+  using Format = HalfFormat<T>;
+  constexpr float kRound = 12582912.f;  // 1.5 * 2^23: its neighbours are integers
+  const float near = fminf(fmaxf(zero, -Format::kMaxWhole), Format::kMaxWhole);
+  const float whole = __fadd_rn(__fadd_rn(near, kRound), -kRound);
+  const float low = -(Format::kLowMagic + whole), high = -(Format::kHighMagic + whole);
+  const float rest = (whole - zero) * scale;
+  const auto pair = [](float first, float second) {
+    return pair_of_bits<typename Format::Pair>(pack_pair<T>(first, second));
+  };
   GroupScale<T> group;
-  group.minus_low = {low, is_split ? low : high};
-  group.minus_high = {is_split ? high : low, high};
-  group.scale = {scale_value, scale_value};
-  group.rest = {rest, rest};
+  group.minus_low = pair(low, is_split ? low : high);
+  group.minus_high = pair(is_split ? high : low, high);
+  group.scale = pair(scale, scale);
+  group.rest = pair(rest, rest);
   return group;
 }
 
@@ -87,20 +106,6 @@ struct SymmetricScale {
 // Selector for __byte_perm(word 0, word 1): byte t of both, twice.
 __device__ __forceinline__ uint32_t fragment_selector(uint32_t t) {
   return (t | ((4 + t) << 4)) * 0x0101u;
-}
-
-template <typename Pair>
-__device__ __forceinline__ Pair pair_of_bits(uint32_t bits) {
-  Pair pair;
-  memcpy(&pair, &bits, sizeof(pair));
-  return pair;
-}
-
-template <typename Pair>
-__device__ __forceinline__ uint32_t bits_of_pair(Pair pair) {
-  uint32_t bits;
-  memcpy(&bits, &pair, sizeof(bits));
-  return bits;
 }
 
 template <typename T>
