@@ -9,12 +9,19 @@ namespace {
 template <typename F>
 auto with_config(const MatmulMarlinArgs& args, F f) {
   const bool is_wide = args.N >= 8192;
-  if (args.M <= 32) return f(MarlinConfig<true, 2, 2, 2, 32, 8>());
-  if (args.M <= 64) {
-    return is_wide ? f(MarlinConfig<true, 2, 1, 4, 64, 4>())
-                   : f(MarlinConfig<true, 2, 2, 2, 64, 8>());
+  if (args.M <= 32) {
+    return is_wide || args.K > 8192 ? f(MarlinConfig<true, 2, 2, 2, 32, 8, 1>())
+                                    : f(MarlinConfig<true, 2, 2, 1, 32, 8, 2>());
   }
-  return f(MarlinConfig<true, 2, 1, 2, 128, 4>());
+  if (args.M <= 64) {
+    return is_wide ? f(MarlinConfig<true, 2, 1, 2, 64, 8, 2>())
+                   : f(MarlinConfig<true, 2, 2, 1, 64, 8, 2>());
+  }
+  const bool is_small = args.N <= 4096 && args.K <= 8192 && args.M <= 256;
+  if (is_small || (!is_wide && args.M <= 128)) {
+    return f(MarlinConfig<true, 2, 1, 1, 128, 4, 2>());
+  }
+  return f(MarlinConfig<true, 2, 1, 2, 128, 4, 1>());
 }
 
 }  // namespace

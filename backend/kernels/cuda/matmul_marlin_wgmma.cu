@@ -10,14 +10,19 @@ template <typename F>
 auto with_config(const MatmulMarlinArgs& args, F f) {
   const bool is_wide = args.N >= 8192;
   if (args.M <= 32) {
-    return is_wide ? f(MarlinConfig<false, 4, 1, 2, 32, 8>())
-                   : f(MarlinConfig<false, 4, 1, 1, 32, 8>());
+    if (is_wide) return f(MarlinConfig<false, 4, 1, 2, 32, 8, 1>());
+    return args.K > 8192 ? f(MarlinConfig<false, 4, 1, 1, 32, 8, 4>())
+                         : f(MarlinConfig<false, 2, 1, 1, 32, 8, 4>());
   }
-  if (args.M <= 64) return f(MarlinConfig<false, 2, 1, 2, 64, 8>());
-  // A row of x costs a tenth more in tiles of 128, which waste fewer of them.
-  const int64_t tokens_128 = (args.M + 127) / 128 * 128, tokens_256 = (args.M + 255) / 256 * 256;
-  if (11 * tokens_128 < 10 * tokens_256) return f(MarlinConfig<false, 2, 1, 2, 128, 8>());
-  return f(MarlinConfig<false, 2, 1, 1, 256, 4>());
+  if (args.M <= 64) {
+    return is_wide || args.K > 8192 ? f(MarlinConfig<false, 2, 1, 2, 64, 8, 2>())
+                                    : f(MarlinConfig<false, 2, 1, 1, 64, 8, 2>());
+  }
+  const bool is_small = args.N <= 4096 && args.K <= 8192 && args.M <= 256;
+  if (is_small || (!is_wide && args.M <= 128)) {
+    return f(MarlinConfig<false, 2, 1, 1, 128, 8, 2>());
+  }
+  return f(MarlinConfig<false, 2, 1, 2, 128, 8, 1>());
 }
 
 }  // namespace

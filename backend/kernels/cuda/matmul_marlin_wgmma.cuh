@@ -45,7 +45,8 @@ namespace cuda_int4 {
 // kSparse: marlin24.v1. kRowGroups warpgroups of consumers with 64 * kBlocks weight rows each, times
 // kSplits that share out the k of each stage; kTokens rows of x; kTiles tiles of 16 codes along K (32
 // weights where they are sparse) per stage of the ring.
-template <bool kSparse_, int kRowGroups_, int kSplits_, int kBlocks_, int kTokens_, int kTiles_>
+template <bool kSparse_, int kRowGroups_, int kSplits_, int kBlocks_, int kTokens_, int kTiles_,
+          int kSlices_>
 struct MarlinConfig {
   static constexpr bool kSparse = kSparse_;
   static constexpr int kRowGroups = kRowGroups_, kSplits = kSplits_, kBlocks = kBlocks_;
@@ -66,8 +67,7 @@ struct MarlinConfig {
   static constexpr int kQBytes = kTiles * kTileBytes;
   static constexpr int kMetaBytes = kSparse ? kQBytes / 2 : 0;
   static constexpr int kBoxRows = kRows < 256 ? kRows : 256;
-  // Tiles between two commits; where they are sparse each may be a group of its own.
-  static constexpr int kSlices = kBlocks == 1 && !kSparse ? 2 : 1;
+  static constexpr int kSlices = kSlices_;  // tiles between two commits
   static constexpr int kSteps = kTiles / kSlices / kSplits;
   // Staging: 64 * kBlocks rows x so many tokens per row group; and a quarter of the sums of a split.
   static constexpr int kStagedTokens = kTokens <= 32 ? kTokens : 32;
@@ -127,6 +127,11 @@ __device__ __forceinline__ void load_shared_words(const uint8_t* from, uint32_t 
     const uint4 v = *reinterpret_cast<const uint4*>(from);
     words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
   }
+}
+
+__device__ __forceinline__ float float_of_bits(uint32_t bits, DType dtype) {
+  return dtype == DType::kFloat16 ? __half2float(__ushort_as_half(bits))
+                                  : __uint_as_float(bits << 16);
 }
 
 // What a group of a row comes with: a scale in the dtype of x and in the order of many groups, one a
@@ -235,21 +240,38 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   const int first_row = row_group * 64 * C::kBlocks + warp * 16 * C::kBlocks;
   const int box = first_row / C::kBoxRows, tile64 = first_row % C::kBoxRows / 64;
   const int first_word = first_row % 64 / 16;
-  const uint8_t* q_lane =
-      ring + kQ + box * C::kTiles * C::kBoxRows * 8 + tile64 * 512 + lane * 16 + first_word * 4;
+  const int q_lane =
+      kQ + box * C::kTiles * C::kBoxRows * 8 + tile64 * 512 + lane * 16 + first_word * 4;
   // Sparse: word first_word / 2 of the tile's two has the places for both selectors; a warp with one
   // block takes selector 0, so that odd warps read the lanes that their instruction would pick by 1.
   const int meta_lane = C::kBlocks == 1 ? lane ^ (2 * (first_word & 1)) : lane;
-  const uint8_t* meta_of_lane = ring + kMeta + box * C::kTiles * C::kBoxRows * 4 + tile64 * 256 +
-                                (first_word / 2 * 32 + meta_lane) * 4;
+  const int meta_of_lane = kMeta + box * C::kTiles * C::kBoxRows * 4 + tile64 * 256 +
+                           (first_word / 2 * 32 + meta_lane) * 4;
   constexpr int kMetaWords = C::kBlocks == 4 ? 2 : 1;
 
   float sum[C::kBlocks][C::kSums];
   uint32_t frag[2][C::kSlices][C::kBlocks][4];
-  uint32_t codes[C::kSlices][C::kBlocks];
+  uint32_t codes[2][C::kSlices][C::kBlocks];
   uint32_t meta[2][C::kSlices][kMetaWords];
   Group group[C::kBlocks][2];
 
+  // Of this lane's rows, from those of a group in shared memory.
+  auto load_values = [&](const uint8_t* from, DType dtype, float (&values)[C::kBlocks][2]) {
+#pragma unroll
+    for (int i = 0; i < C::kBlocks; ++i) {
+      const int first =
+          tile64 * 64 + marlin_scale_index<C::kSparse>(first_word + i, g, 0, p.is_one_group);
+      const int second =
+          tile64 * 64 + marlin_scale_index<C::kSparse>(first_word + i, g, 1, p.is_one_group);
+      if (dtype == DType::kFloat32) {
+        values[i][0] = reinterpret_cast<const float*>(from)[first];
+        values[i][1] = reinterpret_cast<const float*>(from)[second];
+      } else {
+        values[i][0] = float_of_bits(reinterpret_cast<const uint16_t*>(from)[first], dtype);
+        values[i][1] = float_of_bits(reinterpret_cast<const uint16_t*>(from)[second], dtype);
+      }
+    }
+  };
   auto load_scales = [&](const uint8_t* stage, int group_of_stage) {
     const uint8_t* scale =
         stage + kScale +
@@ -266,42 +288,32 @@ __global__ void __launch_bounds__(C::kThreads, 1)
         group[i][1] = symmetric_scale<T>(__byte_perm(both[i], both[i], 0x3232), true);
       }
     } else {
+      float scales[C::kBlocks][2], zeros[C::kBlocks][2];
+      load_values(scale, p.scale_dtype, scales);
+      if (kHasZero) load_values(zero, p.zero_point_dtype, zeros);
 #pragma unroll
       for (int i = 0; i < C::kBlocks; ++i) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int word = first_word + i;
-          const int index =
-              tile64 * 64 + marlin_scale_index<C::kSparse>(word, g, half, p.is_one_group);
-          const float s = load_as_float(scale, index, p.scale_dtype);
           if constexpr (kHasZero) {
-            const float z = load_as_float(zero, index, p.zero_point_dtype);
-            group[i][half] = group_scale<T>(s, z, true);
+            group[i][half] = group_scale<T>(scales[i][half], zeros[i][half], true);
           } else {
-            const T value = from_float<T>(s);
-            group[i][half] =
-                symmetric_scale<T>(bits_of_pair(typename HalfFormat<T>::Pair{value, value}), true);
+            const float value = scales[i][half];
+            group[i][half] = symmetric_scale<T>(pack_pair<T>(value, value), true);
           }
         }
       }
     }
   };
-  auto load_codes = [&](int step) {  // of the stage in `slot`
-    const uint8_t* stage = ring + slot * stage_bytes;
+  auto load_codes = [&](const uint8_t* stage, int step) {
 #pragma unroll
     for (int s = 0; s < C::kSlices; ++s) {
       const int tile = (split * C::kSteps + step) * C::kSlices + s;
-      load_shared_words(q_lane + slot * stage_bytes + tile * C::kBoxRows * 8, codes[s]);
-    }
-    const int tile = (split * C::kSteps + step) * C::kSlices;
-    if (step == 0 || (kScales != MarlinScales::kOneAStage &&
-                      (tile & ((1 << p.tiles_per_group_log2) - 1)) == 0)) {
-      load_scales(stage, tile >> p.tiles_per_group_log2);
+      load_shared_words(stage + q_lane + tile * C::kBoxRows * 8, codes[step % 2][s]);
     }
   };
-
   // Only once the instructions that read these registers have run.
-  auto load_meta = [&](int step) {
+  auto load_meta = [&](const uint8_t* stage, int step) {
     if constexpr (C::kSparse) {
 #pragma unroll
       for (int s = 0; s < C::kSlices; ++s) {
@@ -309,7 +321,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 #pragma unroll
         for (int i = 0; i < kMetaWords; ++i) {
           meta[step % 2][s][i] = *reinterpret_cast<const uint32_t*>(
-              meta_of_lane + slot * stage_bytes + tile * C::kBoxRows * 4 + i * 128);
+              stage + meta_of_lane + tile * C::kBoxRows * 4 + i * 128);
         }
       }
     }
@@ -324,22 +336,31 @@ __global__ void __launch_bounds__(C::kThreads, 1)
       for (int j = 0; j < C::kSums; ++j) sum[i][j] = 0.f;
     }
     spin_until(full + 8 * slot, phase);
-    load_codes(0);
-    load_meta(0);
+    const uint8_t* stage = ring + slot * stage_bytes;
+    load_codes(stage, 0);
+    load_codes(stage, 1);
+    if (kScales == MarlinScales::kOneAStage) load_scales(stage, 0);
+    load_meta(stage, 0);
     int previous = -1;  // the stage whose slot is not yet given back
     for (int k = work.k_begin; k < work.k_end; ++k) {
       // the shuffle tells the compiler that this is one value per warp
       const uint32_t x_descriptor =
-          __shfl_sync(0xffffffffu, descriptor_of(ring_address + slot * stage_bytes), 0);
+          __shfl_sync(0xffffffffu, descriptor_of(shared_address(stage)), 0);
       const int current = slot;
+      const bool has_next = k + 1 < work.k_end;
 #pragma unroll
       for (int step = 0; step < C::kSteps; ++step) {
         uint32_t (&a)[C::kSlices][C::kBlocks][4] = frag[step % 2];
 #pragma unroll
         for (int s = 0; s < C::kSlices; ++s) {
+          const int tile = (split * C::kSteps + step) * C::kSlices + s;
+          if (kScales != MarlinScales::kOneAStage &&
+              (step + s == 0 || (tile & ((1 << p.tiles_per_group_log2) - 1)) == 0)) {
+            load_scales(stage, tile >> p.tiles_per_group_log2);
+          }
 #pragma unroll
           for (int i = 0; i < C::kBlocks; ++i) {
-            fragment_of_marlin_word<T>(codes[s][i], group[i][0], group[i][1], a[s][i]);
+            fragment_of_marlin_word<T>(codes[step % 2][s][i], group[i][0], group[i][1], a[s][i]);
           }
         }
         wgmma_fence();
@@ -362,22 +383,22 @@ __global__ void __launch_bounds__(C::kThreads, 1)
           }
         }
         wgmma_commit_group();
-        // What the next step decodes is under way before the wait for the step before.
-        if (step + 1 < C::kSteps) {
-          load_codes(step + 1);
+        // While these run: codes of the step after next, scales of the next stage.
+        if (step + 2 < C::kSteps) {
+          load_codes(stage, step + 2);
         } else {
-          advance();
-          if (k + 1 < work.k_end) {
-            spin_until(full + 8 * slot, phase);
-            load_codes(0);
+          if (step + 2 == C::kSteps) {
+            advance();
+            if (has_next) spin_until(full + 8 * slot, phase);
           }
+          if (has_next) load_codes(ring + slot * stage_bytes, step + 2 - C::kSteps);
+        }
+        if (step + 1 == C::kSteps) stage = ring + slot * stage_bytes;
+        if (kScales == MarlinScales::kOneAStage && step + 1 == C::kSteps && has_next) {
+          load_scales(stage, 0);
         }
         wgmma_wait_group<1>();
-        if (step + 1 < C::kSteps) {
-          load_meta(step + 1);
-        } else if (k + 1 < work.k_end) {
-          load_meta(0);
-        }
+        if (step + 1 < C::kSteps || has_next) load_meta(stage, (step + 1) % C::kSteps);
         if (step == 0 && previous >= 0 && lane == 0) mbarrier_arrive(empty + 8 * previous);
       }
       previous = current;
