@@ -271,9 +271,11 @@ def check_special(checker: Checker, make: type[Weight] = Weight, zero: str = "fl
             y = call(x, weight)
             others = [m for m in range(M) if m != M // 2]
             alone = y is not None and bool(y[others].isfinite().all())
-            checker.note(
-                alone and not bool(y[M // 2].isfinite().any()), f"inf in one row of x {what}"
+            # a 2:4 weight does not multiply what it dropped
+            reached = y is not None and not bool(
+                y[M // 2][weight.exact[:, 5] != 0].isfinite().any()
             )
+            checker.note(alone and reached, f"inf in one row of x {what}")
     weight = make(1024, 2048, 128, torch.bfloat16, "none", seed=4)
     for M in (32, 256):
         x = random_x(M, 2048, torch.bfloat16, 5)
