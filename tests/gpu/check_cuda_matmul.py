@@ -128,6 +128,17 @@ def launch(args: _native.LinearArgs, scratch: Tensor) -> None:
     )
 
 
+def launch_constant(args: _native.LinearArgs, scratch: Tensor) -> None:
+    """The same as a .pte calls it: nothing that is queued writes the weight."""
+    stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+    pointer = ctypes.c_void_p(scratch.data_ptr() if scratch.numel() else None)
+    _native.check(
+        _native.library().linear_of_constants(
+            ctypes.byref(args), stream, pointer, scratch.numel(), None
+        )
+    )
+
+
 def guarded(M: int, N: int, dtype: torch.dtype, offset: int = 0) -> tuple[Tensor, Tensor]:
     """NaN everywhere: the whole buffer, and the [M, N] view in its middle."""
     whole = torch.full((M * N + 2 * GUARD,), NAN, dtype=dtype, device="cuda")
@@ -299,6 +310,37 @@ def check_special(checker: Checker, make: type[Weight] = Weight, zero: str = "fl
     checker.compare(random_x(17, 512, torch.float16, 9), weight, None, "M=17 N=8200 K=512")
     weight = make(40, 64, 32, torch.bfloat16, "none", seed=10)
     checker.compare(random_x(70001, 64, torch.bfloat16, 11), weight, None, "M=70001")
+    check_chain(checker, make)
+
+
+def check_chain(checker: Checker, make: type[Weight] = Weight) -> None:
+    """Linears that feed each other through one scratch, each launched while the one before ends."""
+    dtype = torch.float16
+    down = make(1024, 2048, 128, dtype, "none", seed=12)
+    up = make(2048, 1024, 128, dtype, "none", seed=13)
+    for M in (17, 64, 256):
+        x = [random_x(M, 2048, dtype, M).mul(2.0**-4)] + [
+            torch.full((M, n), NAN, dtype=dtype, device="cuda") for n in (1024, 2048) * 3
+        ]
+        weights = [down, up] * 3
+        calls = [
+            linear_args(given, w, None, y) for given, w, y in zip(x, weights, x[1:], strict=False)
+        ]
+        needed = [scratch_for(args) for args in calls]
+        scratch = max(needed, key=Tensor.numel)
+        for args in calls:
+            launch(args, scratch)
+            torch.cuda.synchronize()
+        want = [y.clone() for y in x[1:]]
+        graph = capture([partial(launch_constant, args, scratch) for args in calls])
+        for _ in range(5):
+            for y in x[1:]:
+                y.fill_(NAN)
+            scratch.fill_(0xFF)
+            graph.replay()
+            torch.cuda.synchronize()
+            same = all(torch.equal(y, w) for y, w in zip(x[1:], want, strict=True))
+            checker.note(same, f"M={M}: a chain of dependent launches differs")
 
 
 def capture(calls: list[Callable[[], object]]) -> torch.cuda.CUDAGraph:
@@ -343,7 +385,7 @@ def time_all(
             calls = max(6, min(40, copies)) if M <= 512 else 6
             graphs = {
                 "ours": capture(
-                    [partial(launch, arguments[i % copies], scratch) for i in range(calls)]
+                    [partial(launch_constant, arguments[i % copies], scratch) for i in range(calls)]
                 ),
                 "cuBLAS": capture([partial(F.linear, x, dense[i % n_dense]) for i in range(calls)]),
             }
