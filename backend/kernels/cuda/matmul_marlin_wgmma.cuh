@@ -44,7 +44,7 @@ namespace cuda_int4 {
 
 // kSparse: marlin24.v1. kRowGroups warpgroups of consumers with 64 * kBlocks weight rows each, times
 // kSplits that share out the k of each stage; kTokens rows of x; kTiles tiles of 16 codes along K (32
-// weights where they are sparse) per stage of the ring.
+// weights where they are sparse) per stage of the ring, kSlices of them between two commits.
 template <bool kSparse_, int kRowGroups_, int kSplits_, int kBlocks_, int kTokens_, int kTiles_,
           int kSlices_>
 struct MarlinConfig {
@@ -57,25 +57,28 @@ struct MarlinConfig {
   static constexpr int kStorers = kRowGroups * 128;  // threads that hold sums of all of k
   static constexpr int kConsumers = kStorers * kSplits;
   static constexpr int kThreads = kConsumers + 128;
-  // Of 61440 (4 warpgroups), 65536 (3) or 64512 (2) in all, as launched; more than that would hang.
+  // Of 61440 (4 warpgroups) or 64512 (2) in all, as launched; more than that would hang.
   static constexpr int kWarpgroups = kRowGroups * kSplits;
-  static constexpr int kConsumerRegisters = kWarpgroups == 4 ? 112 : kWarpgroups == 3 ? 160 : 240;
-  static constexpr int kProducerRegisters = kWarpgroups == 2 ? 24 : 32;
+  static constexpr int kConsumerRegisters = kWarpgroups == 4 ? 112 : 240;
+  static constexpr int kProducerRegisters = kWarpgroups == 4 ? 32 : 24;
   static constexpr int kSums = kTokens / 2;  // per thread and block of 64 rows
   static constexpr int kXBytes = kTokens * kStageK * 2;
   static constexpr int kTileBytes = kRows * 8;  // of codes
   static constexpr int kQBytes = kTiles * kTileBytes;
   static constexpr int kMetaBytes = kSparse ? kQBytes / 2 : 0;
   static constexpr int kBoxRows = kRows < 256 ? kRows : 256;
-  static constexpr int kSlices = kSlices_;  // tiles between two commits
+  static constexpr int kSlices = kSlices_;
   static constexpr int kSteps = kTiles / kSlices / kSplits;
-  // Staging: 64 * kBlocks rows x so many tokens per row group; and a quarter of the sums of a split.
+  // Staging: kRows x kStagedTokens of y, or kSwapSums of the sums of each thread of the later splits.
   static constexpr int kStagedTokens = kTokens <= 32 ? kTokens : 32;
   static constexpr int kSwapSums = 16;
   static constexpr int kYBytes = kRows * kStagedTokens * 2;
   static constexpr int kSwapBytes = (kSplits - 1) * kStorers * kSwapSums * 4;
   static constexpr int kStagingBytes = kYBytes > kSwapBytes ? kYBytes : kSwapBytes;
   static_assert(kSteps % 2 == 0, "two fragment buffers take turns");
+  static_assert(kWarpgroups == 2 || kWarpgroups == 4, "registers are shared out for these");
+  static_assert(kBlocks <= 2, "the sums of more rows and their scales do not fit in registers");
+  static_assert(kStageK % 64 == 0 && kRows % kBoxRows == 0, "whole boxes of the copy engine");
 };
 
 struct MarlinParams {
@@ -117,15 +120,12 @@ CUDA_INT4_WGMMA_SPARSE(256)
 
 template <int kCount>
 __device__ __forceinline__ void load_shared_words(const uint8_t* from, uint32_t (&words)[kCount]) {
-  static_assert(kCount == 1 || kCount == 2 || kCount == 4, "one load");
+  static_assert(kCount == 1 || kCount == 2, "one load");
   if constexpr (kCount == 1) {
     words[0] = *reinterpret_cast<const uint32_t*>(from);
-  } else if constexpr (kCount == 2) {
+  } else {
     const uint2 v = *reinterpret_cast<const uint2*>(from);
     words[0] = v.x, words[1] = v.y;
-  } else {
-    const uint4 v = *reinterpret_cast<const uint4*>(from);
-    words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
   }
 }
 
@@ -247,12 +247,11 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   const int meta_lane = C::kBlocks == 1 ? lane ^ (2 * (first_word & 1)) : lane;
   const int meta_of_lane = kMeta + box * C::kTiles * C::kBoxRows * 4 + tile64 * 256 +
                            (first_word / 2 * 32 + meta_lane) * 4;
-  constexpr int kMetaWords = C::kBlocks == 4 ? 2 : 1;
 
   float sum[C::kBlocks][C::kSums];
   uint32_t frag[2][C::kSlices][C::kBlocks][4];
   uint32_t codes[2][C::kSlices][C::kBlocks];
-  uint32_t meta[2][C::kSlices][kMetaWords];
+  uint32_t meta[2][C::kSlices];
   Group group[C::kBlocks][2];
 
   // Of this lane's rows, from those of a group in shared memory.
@@ -318,11 +317,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 #pragma unroll
       for (int s = 0; s < C::kSlices; ++s) {
         const int tile = (split * C::kSteps + step) * C::kSlices + s;
-#pragma unroll
-        for (int i = 0; i < kMetaWords; ++i) {
-          meta[step % 2][s][i] = *reinterpret_cast<const uint32_t*>(
-              stage + meta_of_lane + tile * C::kBoxRows * 4 + i * 128);
-        }
+        meta[step % 2][s] =
+            *reinterpret_cast<const uint32_t*>(stage + meta_of_lane + tile * C::kBoxRows * 4);
       }
     }
   };
@@ -374,10 +370,10 @@ __global__ void __launch_bounds__(C::kThreads, 1)
             if constexpr (!C::kSparse) {
               Wgmma<C::kTokens>::template run<T>(sum[i], a[s][i], x_descriptor + (offset >> 4));
             } else if (i % 2 == 0) {
-              WgmmaSparse<C::kTokens>::template run<T, 0>(sum[i], a[s][i], meta[step % 2][s][i / 2],
+              WgmmaSparse<C::kTokens>::template run<T, 0>(sum[i], a[s][i], meta[step % 2][s],
                                                           x_descriptor + (offset >> 4));
             } else {
-              WgmmaSparse<C::kTokens>::template run<T, 1>(sum[i], a[s][i], meta[step % 2][s][i / 2],
+              WgmmaSparse<C::kTokens>::template run<T, 1>(sum[i], a[s][i], meta[step % 2][s],
                                                           x_descriptor + (offset >> 4));
             }
           }
