@@ -76,7 +76,7 @@ def compress_24(weight: CanonicalInt4, *, who: str = "weight") -> tuple[Tensor, 
     found = _look_up(_compress_table, fours)
     if bool((found == _REFUSED).any()):
         raise ValueError(_not_24(weight, found == _REFUSED, who))
-    return (found & 0xFF).to(torch.uint8), (found >> 8).to(torch.uint8)
+    return found.to(torch.uint8), (found >> 8).to(torch.uint8)  # the first wraps: its low byte
 
 
 def expand_24(kept: Tensor, meta: Tensor, *, who: str = "weight") -> Tensor:
@@ -90,9 +90,11 @@ def expand_24(kept: Tensor, meta: Tensor, *, who: str = "weight") -> Tensor:
     Raises:
         ValueError: meta that no two ordered places have.
     """
-    check_meta(meta, who=who)
-    index = kept.to(torch.int16) | (meta.to(torch.int16) << 8)
-    return _look_up(_expand_table, index).view(torch.uint8)
+    words = torch.stack([kept, meta], -1).view(torch.int16).squeeze(-1)
+    fours = _look_up(_expand_table, words)
+    if bool((fours == 0).any()):  # two of four codes are 8: only what the table lacks is 0
+        check_meta(meta, who=who)
+    return fours.view(torch.uint8)
 
 
 def check_meta(meta: Tensor, *, who: str = "weight") -> None:
@@ -163,7 +165,7 @@ def _values(weight: CanonicalInt4, row: int, columns: slice) -> Tensor:
 
 def _look_up(table: Callable[[torch.device], Tensor], words: Tensor) -> Tensor:
     """``table[words]`` with the 16-bit patterns of words as unsigned indices."""
-    index = words.reshape(-1).int() & 0xFFFF
+    index = words.reshape(-1).int().bitwise_and_(0xFFFF)
     return table(words.device).index_select(0, index).view(words.shape)
 
 
