@@ -85,6 +85,7 @@ constexpr CudaKernels kKernels = {linear_coalesced_w4a16,
                                   matmul_marlin,
                                   matmul_marlin24_scratch_bytes,
                                   matmul_marlin24,
+                                  matvec_marlin_scratch_bytes,
                                   matvec_marlin,
                                   matvec_marlin24};
 

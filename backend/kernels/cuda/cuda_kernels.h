@@ -32,6 +32,7 @@ struct CudaKernels {
   uint64_t (*matmul_marlin24_scratch_bytes)(const LinearArgs& args);
   Status (*matmul_marlin24)(const LinearArgs& args, const ExecutionContext& context);
   // marlin.v1: M <= 16, or any M of fp32 and of activation "int8" (context.quantized_x holds x).
+  uint64_t (*matvec_marlin_scratch_bytes)(const LinearArgs& args);
   Status (*matvec_marlin)(const LinearArgs& args, const ExecutionContext& context);
   // marlin24.v1, any M and dtype of x; activation "int8": context.quantized_x holds x.
   Status (*matvec_marlin24)(const LinearArgs& args, const ExecutionContext& context);

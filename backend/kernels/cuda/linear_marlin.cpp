@@ -19,8 +19,9 @@ bool is_matmul(const LinearArgs& args) {
 
 uint64_t cuda_linear_marlin_scratch_bytes(const LinearArgs& args) {
   if (is_int8(args)) return quantized_activation_bytes(linear_M(args), linear_K(args));
-  if (cuda_kernels() == nullptr || !is_matmul(args)) return 0;
-  return cuda_kernels()->matmul_marlin_scratch_bytes(args);
+  if (cuda_kernels() == nullptr) return 0;
+  return is_matmul(args) ? cuda_kernels()->matmul_marlin_scratch_bytes(args)
+                         : cuda_kernels()->matvec_marlin_scratch_bytes(args);
 }
 
 Status cuda_linear_marlin(const LinearArgs& args, const ExecutionContext& context) {
