@@ -49,13 +49,14 @@ EXPORTED uint64_t check_scratch_bytes(const cuda_int4::LinearArgs* args) {
   return cuda_int4::linear_scratch_bytes(*args, cuda_int4::DeviceKind::kCuda);
 }
 EXPORTED int32_t check_linear(const cuda_int4::LinearArgs* args, void* stream, void* scratch,
-                              uint64_t scratch_bytes, cuda_int4::Status* status) {
+                              uint64_t scratch_bytes, int32_t constant_weights,
+                              cuda_int4::Status* status) {
   cuda_int4::ExecutionContext context = {};
   context.device = cuda_int4::DeviceKind::kCuda;
   context.stream = stream;
   context.scratch = scratch;
   context.scratch_bytes = scratch_bytes;
-  context.constant_weights = true;
+  context.constant_weights = constant_weights != 0;
   *status = cuda_int4::linear(*args, context);
   return static_cast<int32_t>(status->code);
 }
@@ -80,13 +81,24 @@ SHAPES = (
 # One dtype of scales each: long rows and many, in clusters and without.
 LARGE_SHAPES = (
     (4096, 4096, 128),
+    (2100, 5376, 128),
+    (1030, 8192, 256),
+    (515, 3712, 0),
     (6144, 2560, 32),
     (200, 14336, 128),
     (40, 28672, 64),
     (9, 90112, 0),
 )
 ROWS = (1, 2, 3, 7, 8, 9, 13, 16, 17, 64)
-QUICK_SHAPES = ((7, 64, 64), (13, 1088, 32), (70, 1408, 128), (37, 1088, 0), (300, 2048, 128))
+QUICK_SHAPES = (
+    (7, 64, 64),
+    (13, 1088, 32),
+    (70, 1408, 128),
+    (37, 1088, 0),
+    (300, 2048, 128),
+    (150, 4096, 128),
+    (40, 14336, 256),
+)
 QUICK_ROWS = (1, 8, 16)
 ZERO_POINTS = ("none", "scale_dtype", "float32")
 INCOMPATIBLE = 2
@@ -147,6 +159,7 @@ class Checker:
         library.check_scratch_bytes.restype = ctypes.c_uint64
         self.native = load_native()
         self.n_right = 0
+        self.n_calls = 0
         self.failures: list[str] = []
         self.generator = torch.Generator().manual_seed(1)
 
@@ -160,7 +173,12 @@ class Checker:
                 print("WRONG", what)
 
     def launch(
-        self, x: Tensor, weight: dict, y: Tensor, layout_tag: str = "coalesced.v1"
+        self,
+        x: Tensor,
+        weight: dict,
+        y: Tensor,
+        layout_tag: str = "coalesced.v1",
+        constant_weights: bool = True,
     ) -> tuple[int, str]:
         """Status code and message; does not wait."""
         parts = (x, weight["qdata"], weight["scale"], weight["zero_point"], None)
@@ -176,6 +194,7 @@ class Checker:
             ctypes.c_void_p(torch.cuda.current_stream().cuda_stream),
             ctypes.c_void_p(scratch.data_ptr()),
             ctypes.c_uint64(nbytes),
+            ctypes.c_int32(constant_weights),
             ctypes.byref(status),
         )
         return status.code, status.message.decode()
@@ -183,11 +202,12 @@ class Checker:
     def call(
         self, x: Tensor, weight: dict, y: Tensor | None = None, layout_tag: str = "coalesced.v1"
     ) -> tuple[int, str, Tensor]:
-        """Status code, message and y; y starts as NaN."""
+        """Status code, message and y; y starts as NaN. Every second call has constant weights."""
         if y is None:
             shape = (*x.shape[:-1], weight["qdata"].shape[0])
             y = torch.full(shape, float("nan"), dtype=x.dtype, device=x.device)
-        code, message = self.launch(x, weight, y, layout_tag)
+        self.n_calls += 1
+        code, message = self.launch(x, weight, y, layout_tag, self.n_calls % 2 == 0)
         torch.cuda.synchronize()
         return code, message, y
 

@@ -261,8 +261,28 @@ __global__ void __launch_bounds__(32 * kMaxWarps)
 #pragma unroll 1
     for (int i = 0; i < p.stages - 1; ++i) issue(ring_begin + i * S::kStageBytes);
   };
+  // -- barriers: one for each slot of a group, one for the sums that the cluster sends --
+  const uint32_t barriers = shared_base + p.barriers_offset + group * (kSlots * 8);
+  [[maybe_unused]] const uint32_t parts_barrier =
+      shared_base + p.barriers_offset + groups * (kSlots * 8);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kSlots; ++i) mbarrier_init(barriers + i * 8, 32 * warps);
 #if __CUDA_ARCH__ >= 900
-  if (p.cluster_shift > 0) cluster_arrive();
+    if (p.cluster_shift > 0 && group == 0) {
+      const int strips = (row_end - row_begin + kStripRows - 1) / kStripRows;
+      const int last = (1 << p.cluster_shift) - 1;
+      const int own = (strips + last - static_cast<int>(blockIdx.x)) >> p.cluster_shift;
+      mbarrier_init(parts_barrier, 1);
+      mbarrier_arrive_expect_tx(parts_barrier, (own * M * (kStripRows * 4)) << p.cluster_shift);
+    }
+    fence_mbarrier_init();
+#endif
+  }
+#if __CUDA_ARCH__ >= 900
+  if (p.cluster_shift > 0) {
+    __syncwarp();
+    cluster_arrive_relaxed();
+  }
 #endif
 
   // -- x to shared memory, in fragment order, with its sums. A warp takes 256 k of a row, a lane 8 of
@@ -320,10 +340,6 @@ __global__ void __launch_bounds__(32 * kMaxWarps)
   } else {
     load_x(x_m, x_unit);
     issue_first();
-  }
-  const uint32_t barriers = shared_base + p.barriers_offset + group * (kSlots * 8);
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < kSlots; ++i) mbarrier_init(barriers + i * 8, warps);
   }
   store_x(x_m, x_unit);
 #pragma unroll 1
@@ -492,6 +508,14 @@ __global__ void __launch_bounds__(32 * kMaxWarps)
 #endif
     return address;
   };
+  auto parts_barrier_of = [&](int strip_row) {
+    uint32_t address = 0;
+#if __CUDA_ARCH__ >= 900
+    const int strip = (strip_row - row_begin) / kStripRows;
+    address = address_in_rank(parts_barrier, strip & ((1 << p.cluster_shift) - 1));
+#endif
+    return address;
+  };
   float* const slots = reinterpret_cast<float*>(shared + p.slots_offset) +
                        group * (kSlots * warps * M * kColumnStride);
   const int slot_floats = warps * M * kColumnStride;
@@ -511,7 +535,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps)
       }
       if (p.cluster_shift > 0) {
 #if __CUDA_ARCH__ >= 900
-        store_cluster(partial_address(strip_row, m) + r * 4, sum);
+        store_async(partial_address(strip_row, m) + r * 4, sum, parts_barrier_of(strip_row));
 #endif
       } else {
         const int n = strip_row + r;
@@ -547,7 +571,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps)
           if (m >= M) continue;
           if (p.cluster_shift > 0) {
 #if __CUDA_ARCH__ >= 900
-            store_cluster(partial_address(row, m) + r * 4, acc[tile][i]);
+            store_async(partial_address(row, m) + r * 4, acc[tile][i], parts_barrier_of(row));
 #endif
           } else if (row + r < row_end) {
             store(row + r, m, acc[tile][i]);
@@ -572,8 +596,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps)
         if (m < M) slot[m * kColumnStride + g + i / 2 * 8] = acc[tile][i];
       }
     }
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(barriers + iteration % kSlots * 8);
+    mbarrier_arrive(barriers + iteration % kSlots * 8);
   }
   griddepcontrol_launch_dependents();
   if (warps > 1 && iteration > 0 && turn == warp_k) {
@@ -583,8 +606,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps)
   }
 #if __CUDA_ARCH__ >= 900
   if (p.cluster_shift > 0) {
-    cluster_arrive();
-    cluster_wait();
+    mbarrier_wait(parts_barrier, 0);
     const float* const parts = reinterpret_cast<const float*>(shared + p.partial_offset);
     const int rank_floats = p.owned * M * kStripRows;
     for (int i = warp;; i += warps * groups) {
@@ -653,7 +675,7 @@ int64_t lay_out(const Plan& plan, Params& p) {
   p.partial_offset =
       take(plan.cluster == 1 ? 0 : int64_t{plan.cluster} * p.owned * M * kStripRows * 4);
   p.values_offset = take(all_warps * 2 * S::kValueFloats * 4);
-  p.barriers_offset = take(plan.groups * kSlots * 8);
+  p.barriers_offset = take((plan.groups * kSlots + 1) * 8);
   p.ring_offset = take(all_warps * plan.stages * S::kStageBytes);
   return at;
 }

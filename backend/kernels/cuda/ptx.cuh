@@ -371,6 +371,13 @@ __device__ __forceinline__ void store_cluster(uint32_t address, float4 value) {
 
 // The same, counted by the mbarrier at `barrier` in the block that it is stored to: whoever waits there
 // for these bytes sees them.
+__device__ __forceinline__ void store_async(uint32_t address, float value, uint32_t barrier) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(address),
+      "f"(value), "r"(barrier)
+      : "memory");
+}
+
 __device__ __forceinline__ void store_async(uint32_t address, float4 value, uint32_t barrier) {
   asm volatile(
       "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, "
