@@ -373,7 +373,8 @@ __device__ __forceinline__ void store_cluster(uint32_t address, float4 value) {
 // for these bytes sees them.
 __device__ __forceinline__ void store_async(uint32_t address, float value, uint32_t barrier) {
   asm volatile(
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(address),
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(
+          address),
       "f"(value), "r"(barrier)
       : "memory");
 }
