@@ -1,6 +1,6 @@
 // matvec_marlin24_mma -- y[m, n] = sum_k x[m, k] * (q[n, k] - 8) * scale[n, k / group_size]
-//                        + bias[n] over the k that are kept; or with x[m, k] = a[m, k] * s_x[m, k / 32];
-//                        M = 1..16 on sparse tensor cores
+//                        + bias[n] over the k that are kept, or with
+//                        x[m, k] = a[m, k] * s_x[m, k / 32]; M = 1..16 on sparse tensor cores
 //
 //   operand    dtype              shape           order in memory                         align
 //   x          f16 | bf16         [M, K]          row-major                               dtype
@@ -14,8 +14,8 @@
 // Requires  M <= 16, K % 32 == 0, group_size 32, 64, 128, 256 or K, Np = N rounded up to 64
 //           (checked by validate_linear)
 // Grid      (cluster, clusters) blocks of (32 * warps, groups) threads: the groups of all clusters
-//           take strips of 64 rows of the weight in turn, the blocks of a cluster and the warps of a
-//           group share K. choose_plan sets the numbers
+//           take strips of 64 rows of the weight in turn, the blocks of a cluster and the warps of
+//           a group share K. choose_plan sets the numbers
 // Bytes     reads qdata, meta and scales once, and x once a block; bound by qdata and meta
 // Numerics  products of x and codes are exact in the tensor core up to its fp32 sums, one group at
 //           a time; scales (and s_x) are applied in fp32; one rounding at the store. Sums are added
