@@ -26,8 +26,8 @@
 //
 // Warps take a strip's units in turns. A lane loads 16 bytes four times a unit: each has its share of
 // four fragments of 16 x 16 weights, which meet the same fragment of x. Weights go from memory to
-// registers and nowhere else, and the next unit's take the place of those just multiplied; x goes
-// through shared memory.
+// registers and nowhere else, and those of the next unit but one take the place of those just
+// multiplied; x goes through shared memory.
 //
 // A code in bits 0-3 of a half of fp16 below exponent 0x6400 is 1024 + q, in bits 4-7 below 0x5400 it
 // is 64 + q; bf16: 128 + q below 0x4300. One more mma a step, with an A operand that is constant, gives
@@ -49,7 +49,8 @@ constexpr int kTileBytes = kTileN * kStepK / 2;
 constexpr int kUnitSteps = 4;
 constexpr int kUnitK = kUnitSteps * kStepK;
 constexpr int kMaxCluster = 4;
-constexpr int kMaxWarps = 16;  // of a block, and of a multiprocessor: 128 registers
+// Of a block, and of a multiprocessor: 128 registers for up to 8 rows of x, 168 above.
+constexpr int max_warps(int64_t M) { return M <= 8 ? 16 : 12; }
 constexpr uint64_t kPublished = 0x6d61726c696e2e31;  // unlike what unwritten scratch holds
 
 // n things in parts, the first `more` of them one longer than `each`.
@@ -161,11 +162,12 @@ __device__ __forceinline__ void add(float4& to, const float4& part) {
 // kTiles: of 8 rows of x. kSpanSteps: steps of 16 k that share a scale: 2 (group_size 32) or 4.
 // kZero: zero points that are not all 8. kAny: see RowValues.
 template <typename X, int kTiles, int kSpanSteps, bool kZero, bool kAny>
-__global__ void __launch_bounds__(32 * kMaxWarps)
+__global__ void __launch_bounds__(32 * max_warps(8 * kTiles))
     matvec_marlin_mma_kernel(const __grid_constant__ Params p) {
   constexpr int kSpans = kUnitSteps / kSpanSteps;
   // Sums start at what the offsets take off them: fewer instructions, but they wait for it.
   constexpr bool kSeeded = kTiles == 2;
+  constexpr int kTogether = kTiles == 1 ? 4 : 2;  // times 16 rows of w, whose sums are in registers
   extern __shared__ __align__(128) uint8_t shared[];
   const uint32_t shared_base = shared_address(shared);
   const int lane = threadIdx.x, g = lane / 4, t = lane % 4;
@@ -197,28 +199,28 @@ __global__ void __launch_bounds__(32 * kMaxWarps)
     next_codes += p.strip_bytes;
   };
   settle();
-  uint4 codes[kUnitSteps] = {};
-  RowValues<X, kAny> scales[kSpans] = {}, zeros[kZero ? kSpans : 1] = {};
+  uint4 codes[2][kUnitSteps] = {};  // two units, in turns
+  RowValues<X, kAny> scales[2][kSpans] = {}, zeros[2][kZero ? kSpans : 1] = {};
   bool is_there = false, is_whole = false;  // the next unit; the second half of it
   const auto aim = [&]() {
     is_there = next < n_units && next_tile < p.n_tiles;
     is_whole = is_there && next_unit < p.whole_units;
   };
   // Of a strip's last unit half may not be there: what the registers hold then meets x that is 0.
-  const auto load_step = [&](int step) {
+  const auto load_step = [&](int d, int step) {
     if (step < 2 ? is_there : is_whole) {
-      codes[step] = load_global_early_v4(next_codes + step * p.step_bytes);
+      codes[d][step] = load_global_early_v4(next_codes + step * p.step_bytes);
     }
   };
-  const auto load_values = [&]() {
+  const auto load_values = [&](int d) {
     if (is_there) {
 #pragma unroll
       for (int s = 0; s < kSpans; ++s) {
         const int group = kSpans == 1 ? next_unit >> p.group_shift : next_unit * kSpans + s;
         if ((kAny && p.n_groups == 1) || (kSpans > 1 && group >= p.n_groups)) continue;
         const int64_t first = group * groups_stride + (int64_t{next_tile} * kTileN + 8 * g);
-        scales[s].load(p.args.scale, first, p.args.scale_dtype);
-        if constexpr (kZero) zeros[s].load(p.args.zero_point, first, p.args.zero_point_dtype);
+        scales[d][s].load(p.args.scale, first, p.args.scale_dtype);
+        if constexpr (kZero) zeros[d][s].load(p.args.zero_point, first, p.args.zero_point_dtype);
       }
     }
     next += warps_k;
@@ -245,15 +247,20 @@ __global__ void __launch_bounds__(32 * kMaxWarps)
   };
   const auto load_only_groups = [&]() {  // of a strip
     if (!kAny || p.n_groups > 1) return;
-    load_only_group(scales[0], p.args.scale, p.args.scale_dtype);
-    if constexpr (kZero) load_only_group(zeros[0], p.args.zero_point, p.args.zero_point_dtype);
+    load_only_group(scales[0][0], p.args.scale, p.args.scale_dtype);
+    if constexpr (kZero) load_only_group(zeros[0][0], p.args.zero_point, p.args.zero_point_dtype);
+    scales[1][0] = scales[0][0];
+    zeros[1][0] = zeros[0][0];
   };
   const auto load_first = [&]() {
     load_only_groups();
-    aim();
 #pragma unroll
-    for (int step = 0; step < kUnitSteps; ++step) load_step(step);
-    load_values();
+    for (int d = 0; d < 2; ++d) {
+      aim();
+#pragma unroll
+      for (int step = 0; step < kUnitSteps; ++step) load_step(d, step);
+      load_values(d);
+    }
   };
 
   // ---- load_window: x of some units to shared memory, in the order of work; zeros behind K ----
@@ -295,10 +302,11 @@ __global__ void __launch_bounds__(32 * kMaxWarps)
     for (int i = 0; i < p.windows_ahead; ++i) load_window();
   };
 
-  const uint32_t barrier = shared_base + p.barrier_offset;
+  [[maybe_unused]] const uint32_t barrier = shared_base + p.barrier_offset;
   const int row_shift = 4 + p.tiles_shift;  // log2 of items, of 4 sums, in a row of y
   const int n_items = M << row_shift;
-  const int most_items = (n_items + splits - 1) >> p.splits_shift;  // of one block of a cluster
+  [[maybe_unused]] const int most_items =
+      (n_items + splits - 1) >> p.splits_shift;  // of one block of a cluster
 #if __CUDA_ARCH__ >= 900
   if (splits > 1) {
     if (thread == 0) {
@@ -333,7 +341,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps)
   constexpr float kTaken = kZero ? 0.f : 8.f;
   const uint32_t minus_low = Offsets<X>::minus(Format::kLowMagic + kTaken);
   const uint32_t minus_high = Offsets<X>::minus(Format::kHighMagic + kTaken);
-  const auto multiply = [&](uint32_t x_at) {
+  const auto multiply = [&](int d, uint32_t x_at) {
     aim();
     uint32_t b[kUnitSteps][kTiles][2];
 #pragma unroll
@@ -349,7 +357,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps)
 #pragma unroll
     for (int s = 0; s < kSpans; ++s) {
       const int first = s * kSpanSteps;
-      float start[kTiles][4] = {}, x_sum[kTiles][4] = {}, sum[4][kTiles][4] = {};
+      float start[kTiles][4] = {}, x_sum[kTiles][4] = {};
       const auto add_offsets = [&](int step) {
         const uint32_t offsets[4] = {minus_low, minus_low, minus_high, minus_high};
         const uint32_t one = Offsets<X>::one(), ones[4] = {one, one, one, one};
@@ -362,44 +370,55 @@ __global__ void __launch_bounds__(32 * kMaxWarps)
       if constexpr (kSeeded) {
 #pragma unroll
         for (int step = first; step < first + kSpanSteps; ++step) add_offsets(step);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) memcpy(sum[j], start, sizeof(start));
       }
 #pragma unroll
-      for (int step = first; step < first + kSpanSteps; ++step) {
-        const uint32_t words[4] = {codes[step].x, codes[step].y, codes[step].z, codes[step].w};
-        if constexpr (!kSeeded) add_offsets(step);
+      for (int j0 = 0; j0 < 4; j0 += kTogether) {
+        float sum[kTogether][kTiles][4] = {};
+        if constexpr (kSeeded) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          uint32_t pairs[4];
-          magic_of_word(words[j], pairs, X{});
-          const uint32_t a[4] = {pairs[0], pairs[2], pairs[1], pairs[3]};
-#pragma unroll
-          for (int i = 0; i < kTiles; ++i)
-            mma_m16n8k16_add(sum[j][i], a, b[step][i], sum[j][i], X{});
+          for (int j = 0; j < kTogether; ++j) memcpy(sum[j], start, sizeof(start));
         }
-        load_step(step);
-      }
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
+        for (int step = first; step < first + kSpanSteps; ++step) {
+          if constexpr (!kSeeded) add_offsets(step);
+          const uint4& four = codes[d][step];
+          const uint32_t words[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const float scale = scales[s].at(j, half, scale_dtype);
-          float zero = 0.f;
-          if constexpr (kZero) zero = zeros[s].at(j, half, zero_dtype);
+          for (int j = 0; j < kTogether; ++j) {
+            uint32_t pairs[4];
+            magic_of_word(words[j0 + j], pairs, X{});
+            const uint32_t a[4] = {pairs[0], pairs[2], pairs[1], pairs[3]};
 #pragma unroll
-          for (int i = 0; i < kTiles; ++i) {
+            for (int i = 0; i < kTiles; ++i) {
+              mma_m16n8k16_add(sum[j][i], a, b[step][i], sum[j][i], X{});
+            }
+          }
+          if (j0 + kTogether == 4) load_step(d, step);
+        }
 #pragma unroll
-            for (int r = 2 * half; r < 2 * half + 2; ++r) {
-              float whole = kSeeded ? sum[j][i][r] : sum[j][i][r] + start[i][r];
-              if constexpr (kZero) whole -= zero * x_sum[i][r];
-              out[j][i][r] += scale * whole;
+        for (int j = 0; j < kTogether; ++j) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const RowValues<X, kAny>& scale_of = scales[d][s];
+            const float scale = scale_of.at(j0 + j, half, scale_dtype);
+            float zero = 0.f;
+            if constexpr (kZero) {
+              zero = zeros[d][s].at(j0 + j, half, zero_dtype);
+            }
+#pragma unroll
+            for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+              for (int r = 2 * half; r < 2 * half + 2; ++r) {
+                float whole = kSeeded ? sum[j][i][r] : sum[j][i][r] + start[i][r];
+                if constexpr (kZero) whole -= zero * x_sum[i][r];
+                out[j0 + j][i][r] += scale * whole;
+              }
             }
           }
         }
       }
     }
-    load_values();
+    load_values(d);
   };
 
   const auto store = [&](int item, float4 sum) {
@@ -494,6 +513,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps)
 #endif
   // A stop is the end of a window, where all warps meet, or of a strip.
   int at = warp_k, slot = warp_k, windows = 0, window_stop = 0;
+  bool is_odd = false;
   int strip_stop = min(n_units, end - strip * p.strip_units);
   for (int stop = 0; stop < n_units;) {
     if (stop == window_stop) {
@@ -507,7 +527,13 @@ __global__ void __launch_bounds__(32 * kMaxWarps)
     stop = min(window_stop, strip_stop);
 #pragma unroll 1
     for (; at < stop; at += warps_k) {
-      multiply(x_lane + slot * (kUnitK * 2));
+      const uint32_t x_at = x_lane + slot * (kUnitK * 2);
+      if (is_odd) {
+        multiply(1, x_at);
+      } else {
+        multiply(0, x_at);
+      }
+      is_odd = !is_odd;
       slot += warps_k;
       if (slot >= p.ring) slot -= p.ring;
     }
@@ -664,19 +690,19 @@ cudaError_t get_device(Device* device) {
 }
 
 // Little work goes to clusters, which share out K; more of it too, if that keeps most multiprocessors
-// busy; else each block gets as many units as any other, wherever strips end. 16 warps to a
-// multiprocessor in all.
+// busy; else each block gets as many units as any other, wherever strips end.
 Plan choose_plan(const MatvecMarlinArgs& args, const Device& device) {
   const int n_tiles = divide_up(args.N, kTileN), n_units = divide_up(args.K, kUnitK);
   const int n_multiprocessors = device.n_multiprocessors;
-  Plan plan = {1, kMaxWarps, 1, 0, args.M <= 2 ? 1 : 4};
+  Plan plan = {1, max_warps(args.M), 1, 0, args.M <= 2 ? 1 : 4};
   while (plan.warps_k > n_units) plan.warps_k /= 2;
   while (device.is_sm90 && plan.splits < kMaxCluster &&
          2 * plan.splits * n_tiles <= n_multiprocessors &&
          2 * plan.splits * plan.warps_k <= n_units) {
     plan.splits *= 2;
   }
-  const bool is_little = int64_t{n_tiles} * n_units <= int64_t{2 * kMaxWarps} * n_multiprocessors;
+  const bool is_little =
+      int64_t{n_tiles} * n_units <= int64_t{2 * max_warps(args.M)} * n_multiprocessors;
   const int64_t n_blocks = int64_t{n_tiles} * plan.splits;
   int resident = 1;  // blocks of a multiprocessor
   if (is_little) {
@@ -685,19 +711,14 @@ Plan choose_plan(const MatvecMarlinArgs& args, const Device& device) {
       resident *= 2;
     }
   } else if (n_blocks > n_multiprocessors || 5 * n_blocks < 4 * n_multiprocessors) {
-    plan.splits = 1;
-    const int tiles_n = args.M <= 2 ? 1 : args.M <= 8 ? 2 : 4;
-    while (plan.tiles_n < tiles_n && plan.warps_k > 1) {
+    plan.splits = plan.windows = 1;
+    while (plan.tiles_n < 4 && plan.warps_k > 1) {
       plan.tiles_n *= 2;
-      plan.warps_k /= 2;
-    }
-    if (args.M <= 8 && plan.warps_k > 1) {
-      resident = 2;
       plan.warps_k /= 2;
     }
     const int64_t all_units = int64_t{divide_up(n_tiles, plan.tiles_n)} * n_units;
     const int64_t most = divide_up(all_units, plan.warps_k);
-    plan.blocks = resident * n_multiprocessors;
+    plan.blocks = n_multiprocessors;
     if (plan.blocks > most) plan.blocks = static_cast<int>(most);
   }
   Params p = {};
