@@ -90,6 +90,18 @@ class Hybrid(Linear):
         return self.after(y) + distances.sum()
 
 
+class TwoLinears(nn.Module):
+    """Two int4 linears with N of no whole tiles, the first used twice."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.up = nn.Linear(K, 160, dtype=dtype)
+        self.down = nn.Linear(160, 70, bias=False, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.relu(self.up(x) + self.up(-2 * x)))
+
+
 def make(model: nn.Module, seed: int = 0) -> nn.Module:
     """The model with random int4 weights, in eval mode."""
     torch.manual_seed(seed)

@@ -17,6 +17,8 @@ from unittest import mock
 import delegate_models as models
 from cuda_int4 import _native, preprocess
 from cuda_int4.blob import DelegateBlob, LinearRecord, pack_blob, unpack_blob
+from cuda_int4.marlin_layouts import marlin24_meta_bit_offset
+from cuda_int4.pte_file import ExecutorchFile
 from cuda_int4.seal import SEAL_NBYTES, seal_file
 
 ROOM_NBYTES = 4096
@@ -80,6 +82,30 @@ def part(blob: DelegateBlob, name: str, **fields: Any) -> DelegateBlob:
     constants = list(blob.constants)
     constants[index] = replace(constants[index], **fields)
     return replace(blob, constants=tuple(constants))
+
+
+def with_metadata(forge: Forge, n: int, k: int, value: int) -> Path:
+    """The file of a marlin24.v1 weight with other places for weights k .. k + 3 of row n.
+
+    Every checksum is made right.
+    """
+    data = bytearray(forge.path.read_bytes()[:-SEAL_NBYTES])
+    record = forge.blob.linears[0]
+    constant = forge.blob.constants[record.meta]
+    with ExecutorchFile(forge.path) as file:
+        meta = bytearray(file.named_data[constant.key])
+    first = data.index(meta)
+    assert data.count(meta) == 1
+    word, shift = divmod(marlin24_meta_bit_offset(n, k, record.N, record.K), 16)
+    old = int.from_bytes(meta[2 * word : 2 * word + 2], "little")
+    new = old & ~(15 << shift) | value << shift
+    meta[2 * word : 2 * word + 2] = new.to_bytes(2, "little")
+    data[first : first + len(meta)] = meta
+    constants = list(forge.blob.constants)
+    constants[record.meta] = replace(constant, checksum=_native.checksum(bytes(meta)))
+    blob = pack_blob(replace(forge.blob, constants=tuple(constants)))
+    data[forge.blob_offset : forge.blob_offset + len(blob)] = blob
+    return forge.with_bytes(data, sealed=True)
 
 
 def header(at: int, form: str, value: Any) -> Callable[[DelegateBlob], bytes]:

@@ -4,7 +4,6 @@ The delegate runs on the CPU here; tests/gpu runs such files on a GPU.
 """
 
 import re
-from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -14,10 +13,8 @@ from torch import nn
 import cuda_int4
 import delegate_models as models
 import forged
-from cuda_int4 import CudaMarlin24Int4Tensor, Int4Config, _native, nested_program
+from cuda_int4 import CudaMarlin24Int4Tensor, Int4Config, nested_program
 from cuda_int4._native import CudaInt4Error
-from cuda_int4.blob import LinearRecord
-from cuda_int4.marlin_layouts import marlin24_meta_bit_offset
 from delegate_models import dim, rows
 from forged import Forge
 
@@ -25,24 +22,11 @@ TAGS = {"coalesced": "coalesced.v1", "marlin": "marlin.v1", "marlin24": "marlin2
 LAYOUTS = tuple(TAGS)
 
 
-class Two(nn.Module):
-    """Two int4 linears, the first used twice; N ragged; a bias."""
-
-    def __init__(self, dtype: torch.dtype):
-        super().__init__()
-        self.up = nn.Linear(models.K, 160, dtype=dtype)
-        self.down = nn.Linear(160, 70, bias=False, dtype=dtype)
-
-    def forward(self, x):
-        """[.., 64] to [.., 70]."""
-        return self.down(torch.relu(self.up(x) + self.up(-2 * x)))
-
-
 def make(
     layout: str, dtype=torch.float32, activation="none", pruned=True, symmetric=True, seed=0
 ) -> nn.Module:
     torch.manual_seed(seed)
-    model = Two(dtype).eval().requires_grad_(False)
+    model = models.TwoLinears(dtype).eval().requires_grad_(False)
     if pruned:
         cuda_int4.prune_24_(model)
     config = Int4Config(group_size=32, layout=layout, activation=activation, symmetric=symmetric)
@@ -161,14 +145,10 @@ def test_a_padded_layout_without_out_features_is_refused_as_it_runs(tmp_path):
 # ---- damaged files ----
 
 
-class OneLinear(models.Linear):
-    """proj.weight [70, 64] in marlin24.v1."""
-
-
 @pytest.fixture(scope="module")
 def forge(tmp_path_factory):
     torch.manual_seed(0)
-    model = cuda_int4.prune_24_(OneLinear(N=70)).eval().requires_grad_(False)
+    model = cuda_int4.prune_24_(models.Linear(N=70)).eval().requires_grad_(False)
     cuda_int4.quantize_(model, Int4Config(group_size=32, layout="marlin24"))
     return Forge(tmp_path_factory.mktemp("forge"), model, (rows(3),))
 
@@ -234,32 +214,10 @@ def test_an_n_that_the_program_does_not_say_is_refused(tmp_path):
     assert error.code == forged.INCOMPATIBLE and "as in the header" in str(error)
 
 
-def with_metadata(forge: Forge, n: int, k: int, value: int):
-    """The file with other places for weights k .. k + 3 of row n, every checksum made right."""
-    data = bytearray(forge.path.read_bytes()[: -forged.SEAL_NBYTES])
-    record: LinearRecord = forge.blob.linears[0]
-    constant = forge.blob.constants[record.meta]
-    with_file = cuda_int4.pte_file.ExecutorchFile(forge.path)
-    with with_file as file:
-        meta = bytearray(file.named_data[constant.key])
-    first = data.index(meta)
-    assert data.count(meta) == 1
-    word, shift = divmod(marlin24_meta_bit_offset(n, k, 70, 64), 16)
-    old = int.from_bytes(meta[2 * word : 2 * word + 2], "little")
-    new = old & ~(15 << shift) | value << shift
-    meta[2 * word : 2 * word + 2] = new.to_bytes(2, "little")
-    data[first : first + len(meta)] = meta
-    constants = list(forge.blob.constants)
-    constants[record.meta] = replace(constant, checksum=_native.checksum(bytes(meta)))
-    blob = forged.pack_blob(replace(forge.blob, constants=tuple(constants)))
-    data[forge.blob_offset : forge.blob_offset + len(blob)] = blob
-    return forge.with_bytes(data, sealed=True)
-
-
 @pytest.mark.parametrize("value", [0, 1, 2, 3, 5, 6, 7, 10, 11, 15])
 def test_metadata_that_is_not_24_is_refused_at_load(forge, value):
     for n, k in ((0, 0), (69, 60), (100, 32)):
-        path = with_metadata(forge, n, k, value)
+        path = forged.with_metadata(forge, n, k, value)
         error = refusal(path)
         assert error.code == forged.INVALID_PROGRAM
         where = rf"row {n}( \(padding\))?, columns {k}..{k + 3};"
@@ -271,7 +229,7 @@ def test_metadata_that_is_not_24_is_refused_at_load(forge, value):
 def test_other_metadata_that_is_24_runs(forge):
     """The change of a byte alone is no reason: what is refused above is refused for its meaning."""
     for value in (0x4, 0x8, 0x9, 0xC, 0xD, 0xE):
-        cuda_int4.load(with_metadata(forge, 3, 8, value)).forward(rows(3))
+        cuda_int4.load(forged.with_metadata(forge, 3, 8, value)).forward(rows(3))
 
 
 def test_a_flipped_bit_of_metadata_is_seen_by_its_checksum_too(forge):
