@@ -381,18 +381,28 @@ __global__ void __launch_bounds__(32 * max_warps(kRounds))
     if (p.args.bias != nullptr) sum += as_float(static_cast<const Y*>(p.args.bias)[n]);
     return from_float<Y>(sum);
   };
-  // Sum number i of a column is that of row row_of(i) of the strip.
-  const auto row_of = [](int i) { return 8 * (i % 32 / 4) + 4 * (i / 32) + i % 4; };
-  const auto store = [&](int strip, int i, int m, float sum) {
-    const int64_t n = int64_t{strip} * kStripRows + row_of(i);
-    if (n < p.args.N) static_cast<Y*>(p.args.y)[m * p.args.N + n] = value_of(sum, n);
+  // Four sums of a column, its quad q of 16, are those of neighbouring rows of the strip.
+  const auto store = [&](int strip, int q, int m, const float4& sum) {
+    const int64_t n = int64_t{strip} * kStripRows + 8 * (q % 8) + 4 * (q / 8);
+    const float values[4] = {sum.x, sum.y, sum.z, sum.w};
+    Y* const to = static_cast<Y*>(p.args.y) + m * p.args.N + n;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (n + i < p.args.N) to[i] = value_of(values[i], n + i);
+    }
+  };
+  const auto add = [](float4& to, const float4& part) {
+    to.x += part.x;
+    to.y += part.y;
+    to.z += part.z;
+    to.w += part.w;
   };
 
 #if __CUDA_ARCH__ >= 900
   if (p.cluster_shift > 0) cluster_wait();  // the other blocks have started: their memory is there
 #endif
-  // Of the sums of a strip, a block of the cluster adds up this many.
-  [[maybe_unused]] const int owned = (kStripRows * M) >> p.cluster_shift;
+  // Of the quads of a column, a block of the cluster adds up this many.
+  [[maybe_unused]] const int quads_shift = 4 - p.cluster_shift, quads = 1 << quads_shift;
   int unit = warp;
   int number = group;  // of the strip among the cluster's
   uint32_t at = ring;
@@ -577,20 +587,23 @@ __global__ void __launch_bounds__(32 * max_warps(kRounds))
                                                sums[2][round][2 + odd], sums[3][round][2 + odd]};
       }
       sync_group();
-      for (int item = threadIdx.x; item < columns * kStripRows; item += blockDim.x) {
-        const int column = item / kStripRows, i = item % kStripRows;
-        const float* const from = slots + column * kColumnFloats + i;
-        float sum = 0.f;
-#pragma unroll 8
-        for (int w = 0; w < warps; ++w) sum += from[w * slot_floats];
+      for (int item = threadIdx.x; item < columns * 16; item += blockDim.x) {
+        const int column = item / 16, q = item % 16;
+        const float* const from = slots + column * kColumnFloats + 4 * q;
+        float4 sum = *reinterpret_cast<const float4*>(from);
+#pragma unroll 4
+        for (int w = 1; w < warps; ++w) {
+          add(sum, *reinterpret_cast<const float4*>(from + w * slot_floats));
+        }
         if (p.cluster_shift > 0) {
 #if __CUDA_ARCH__ >= 900
-          const int sum_number = round * (8 * kStripRows) + item, owner = sum_number / owned;
-          const int place = ((number << p.cluster_shift) + blockIdx.x) * owned + sum_number % owned;
-          store_cluster(address_in_rank(shared_base + p.partial_offset + place * 4, owner), sum);
+          const int part = ((number << p.cluster_shift) + blockIdx.x) * M + 8 * round + column;
+          const uint32_t place = (part << quads_shift) + q % quads;
+          store_cluster(
+              address_in_rank(shared_base + p.partial_offset + place * 16, q >> quads_shift), sum);
 #endif
         } else {
-          store(strip, i, 8 * round + column, sum);
+          store(strip, q, 8 * round + column, sum);
         }
       }
       if (round + 1 < kRounds || strip + strip_step < p.strips) sync_group();
@@ -600,15 +613,19 @@ __global__ void __launch_bounds__(32 * max_warps(kRounds))
   if (p.cluster_shift > 0) {
     cluster_arrive();
     cluster_wait();
-    const float* const partial = reinterpret_cast<const float*>(shared + p.partial_offset);
+    const float4* const partial = reinterpret_cast<const float4*>(shared + p.partial_offset);
     const int n_strips = (p.strips - static_cast<int>(blockIdx.y) + gridDim.y - 1) / gridDim.y;
-    for (int item = block_warp * 32 + lane; item < n_strips * owned; item += block_warps * 32) {
-      const int s = item / owned, place = item % owned;
-      const float* const from = partial + (s << p.cluster_shift) * owned + place;
-      float sum = from[0];
-      for (int rank = 1; rank < 1 << p.cluster_shift; ++rank) sum += from[rank * owned];
-      const int sum_number = blockIdx.x * owned + place;
-      store(blockIdx.y + s * gridDim.y, sum_number % kStripRows, sum_number / kStripRows, sum);
+    const int rank_quads = M << quads_shift;
+    for (int s = block_warp; s < n_strips; s += block_warps) {
+      const float4* const from = partial + (s << p.cluster_shift) * rank_quads;
+      for (int place = lane; place < rank_quads; place += 32) {
+        float4 sum = from[place];
+        for (int rank = 1; rank < 1 << p.cluster_shift; ++rank) {
+          add(sum, from[rank * rank_quads + place]);
+        }
+        const int q = (blockIdx.x << quads_shift) + place % quads;
+        store(blockIdx.y + s * gridDim.y, q, place >> quads_shift, sum);
+      }
     }
   }
 #endif
