@@ -14,6 +14,7 @@ decode_model = shipped_script("benchmarks/decode_model")
 bench_decode = shipped_script("benchmarks/bench_decode")
 bench_linear = shipped_script("benchmarks/bench_linear")
 plot_linear = shipped_script("benchmarks/plot_linear")
+bench_roofline = shipped_script("benchmarks/bench_roofline")
 
 
 @pytest.mark.parametrize(
@@ -41,6 +42,57 @@ def test_bytes_of_the_cache_that_a_token_needs():
     sliding, full = 50 * 2 * 16 * 256 * 2, 10 * 2 * 4 * 512 * 2
     assert gemma.cache_bytes_read(1000, 2) == 1000 * (sliding + full)
     assert gemma.cache_bytes_read(8192, 2) == 1024 * sliding + 8192 * full
+
+
+@pytest.mark.parametrize(
+    ("layout_tag", "bits"), [("coalesced.v1", 4.125), ("marlin.v1", 4.125), ("marlin24.v1", 3.125)]
+)
+def test_random_weights_are_weights_of_their_layout(layout_tag, bits):
+    weights = decode_model.RandomWeights(torch.bfloat16, 128, False, "none", layout_tag)
+    weight = weights.weight(320, 1024)
+    assert weight.layout_tag == layout_tag
+    assert 8 * decode_model.weight_bytes(320, 1024, 128, False, layout_tag) == bits * 320 * 1024
+    y = torch.randn(64, 1024) @ weight.dequantize().T
+    assert 0.8 < float(y.std()) < 1.25
+
+
+ROOFLINE = """\
+# a machine
+# read ceiling 4.000 TB/s (torch.max over 1 GiB), fp16 matmul ceiling 800 TFLOP/s, L2 50 MiB
+kernel,M,N,K,group_size,us_median,GB_per_s,zero_points,light_fraction,bus_fraction
+w4a16,1,4096,4096,128,4.00,2200.0,0,0.5,0.5
+w4a16,1024,4096,4096,128,50.00,500.0,0,0.8,0.1
+marlin24,1024,4096,4096,128,30.00,700.0,0,0.7,0.1
+w4a8,1,4096,4096,128,WRONG,,0,,
+"""
+
+
+def test_roofline_has_a_page_per_kernel(tmp_path):
+    table = tmp_path / "linear.csv"
+    table.write_text(ROOFLINE)
+    assert_expected_inline(
+        "\n".join(bench_roofline.page(table).splitlines()[5:]),
+        """\
+## w4a16 g128
+
+| N | K | M | MB | GFLOP | memory floor, us | compute floor, us | time, us | share |
+|---:|---:|---:|---:|---:|---:|---:|---:|---:|
+| 4096 | 4096 | 1 | 8.80 | 0.03 | 2.20 | 0.04 | 4.00 | 0.55 |
+| 4096 | 4096 | 1024 | 25.00 | 34.36 | 6.25 | 42.95 | 50.00 | 0.86 |
+
+## marlin24 g128
+
+| N | K | M | MB | GFLOP | memory floor, us | compute floor, us | time, us | share |
+|---:|---:|---:|---:|---:|---:|---:|---:|---:|
+| 4096 | 4096 | 1024 | 21.00 | 17.18 | 5.25 | 21.47 | 30.00 | 0.72 |""",
+    )
+
+
+def test_roofline_refuses_a_table_without_ceilings(tmp_path):
+    table = tmp_path / "linear.csv"
+    table.write_text("\n".join(ROOFLINE.splitlines()[2:]))
+    with pytest.raises(ValueError, match="roofline: expected a table with a line"):
+        bench_roofline.page(table)
 
 
 @pytest.mark.parametrize("zero_points", [False, True])

@@ -4,7 +4,11 @@ import argparse
 
 from .shipped import shipped_script
 
-_SCRIPTS = {"linear": "benchmarks/bench_linear", "decode": "benchmarks/bench_decode"}
+_SCRIPTS = {
+    "linear": "benchmarks/bench_linear",
+    "roofline": "benchmarks/bench_roofline",
+    "decode": "benchmarks/bench_decode",
+}
 
 
 def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
