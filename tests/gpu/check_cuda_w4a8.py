@@ -14,7 +14,8 @@ The quantised activation is compared bit by bit with its definition (quantized_a
 the exact product of that activation and the weight: its error may be 1.2 times that of rounding the
 exact answer once. Inputs are signed and fresh for each case, every scale and zero point differs,
 outputs and scratch start as NaN with guards behind them, shapes are ragged, operands start at odd
-elements, and one-hot activations read single weights back.
+elements, and one-hot activations read single weights back. Every call is made twice, launched as in
+PyTorch and as in a .pte, and must give the same bits; the baseline mat-vec runs beside some.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from torch import Tensor
 
 # Functions of plain C, so that no runtime is needed around the kernels.
 SHIM = """
+#include "kernels/cuda/linear_w4a8.cuh"
 #include "kernels/ops.h"
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 static cuda_int4::ExecutionContext on_stream(void* stream) {
@@ -55,13 +57,15 @@ EXPORTED int32_t check_quantize(const cuda_int4::TensorView* x, void* to, void* 
   return static_cast<int32_t>(status->code);
 }
 EXPORTED int32_t check_linear(const cuda_int4::LinearArgs* args, const void* quantized_x,
-                              void* stream, void* scratch, uint64_t scratch_bytes,
-                              cuda_int4::Status* status) {
+                              int32_t constant_weights, int32_t baseline, void* stream,
+                              void* scratch, uint64_t scratch_bytes, cuda_int4::Status* status) {
   cuda_int4::ExecutionContext context = on_stream(stream);
   context.scratch = scratch;
   context.scratch_bytes = scratch_bytes;
   context.quantized_x = quantized_x;
-  *status = cuda_int4::linear(*args, context);
+  context.constant_weights = constant_weights != 0;
+  *status = baseline != 0 ? cuda_int4::linear_coalesced_w4a8_baseline(*args, context)
+                          : cuda_int4::linear(*args, context);
   return static_cast<int32_t>(status->code);
 }
 """
@@ -212,9 +216,20 @@ class Checker:
         return memory
 
     def linear(
-        self, x: Tensor, weight: dict, quantized_x: Tensor | None, odd: bool
+        self,
+        x: Tensor,
+        weight: dict,
+        quantized_x: Tensor | None,
+        odd: bool,
+        constant_weights: bool = False,
+        baseline: bool = False,
     ) -> tuple[int, str, Tensor, bool]:
-        """Status code, message, y (NaN at first) and whether the guards stayed clean."""
+        """Status code, message, y (NaN at first) and whether the guards stayed clean.
+
+        With `constant_weights` the kernel is launched as in a .pte: it may start, and read weights,
+        before the one that quantises x has ended. `baseline`: of matvec_w4a8_coalesced, which needs
+        `quantized_x`.
+        """
         N, M = weight["qdata"].shape[0], x.shape[0]
         y_bytes = M * N * x.element_size()
         skip = x.element_size() if odd else 0
@@ -234,6 +249,8 @@ class Checker:
         self.library.check_linear(
             ctypes.byref(args),
             ctypes.c_void_p(0 if quantized_x is None else quantized_x.data_ptr()),
+            constant_weights,
+            baseline,
             self.stream(),
             ctypes.c_void_p(scratch.data_ptr()),
             ctypes.c_uint64(nbytes),
@@ -291,12 +308,21 @@ class Checker:
         error = float((y.double() - want).norm() / want.norm())
         rounding = float((want.to(x.dtype).double() - want).norm() / want.norm())
         bound = 1e-5 if x.dtype == torch.float32 else 1.2 * rounding + 1e-9
-        again = self.linear(x, weight, quantized_x, odd)[2]
+        again = self.linear(x, weight, quantized_x, odd, constant_weights=True)[2]
         same = torch.equal(y.view(torch.uint8), again.view(torch.uint8))
         self.note(
             code == 0 and clean and same and error <= bound,
             f"{what}: error {error:.2e}, bound {bound:.2e}, guards clean {clean}, "
             f"twice the same {same} {message}",
+        )
+        if quantized_x is None or self.n_cases % 4 > 0:
+            return
+        code, message, y, clean = self.linear(x, weight, quantized_x, odd, baseline=True)
+        error = float((y.double() - want.double()).norm() / want.norm())
+        self.note(
+            code == 0 and clean and error <= bound,
+            f"{what}: the baseline: error {error:.2e}, bound {bound:.2e}, guards clean {clean} "
+            f"{message}",
         )
 
     def check_one_hot(

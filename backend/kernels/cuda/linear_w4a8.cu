@@ -10,10 +10,38 @@ namespace cuda_int4 {
 
 namespace {
 
+W4A8Args kernel_args(const LinearArgs& args, const ExecutionContext& context) {
+  W4A8Args p = {};
+  p.M = linear_M(args);
+  p.N = linear_N(args);
+  p.K = linear_K(args);
+  p.group_size = args.group_size;
+  p.n_groups = p.K / p.group_size;
+  p.n_tokens = quantized_tokens(p.M);
+  p.constant_weights = context.constant_weights;
+  p.a = static_cast<const int8_t*>(context.quantized_x);
+  p.parameter =
+      reinterpret_cast<const QuantizedParameter*>(p.a + quantized_parameter_offset_bytes(p.M, p.K));
+  p.qdata = static_cast<const uint8_t*>(args.qdata.data);
+  p.scale = args.scale.data;
+  p.zero_point = args.zero_point.present() ? args.zero_point.data : nullptr;
+  p.bias = args.bias.present() ? args.bias.data : nullptr;
+  p.y = args.y.data;
+  p.dtype = args.y.dtype;
+  p.scale_dtype = args.scale.dtype;
+  p.zero_point_dtype = args.zero_point.present() ? args.zero_point.dtype : args.scale.dtype;
+  return p;
+}
+
 cudaError_t launch(const W4A8Args& args, cudaStream_t stream) {
-  if (args.M == 1) return launch_matvec_w4a8_dp4a(args, stream);
+  if (args.M <= 2) return launch_matvec_w4a8_dp4a(args, stream);
   if (args.M <= 16) return launch_matvec_w4a8_mma(args, stream);
-  return launch_matmul_w4a8_mma(args, stream);
+  int device = 0, major = 0;
+  cudaError_t code = cudaGetDevice(&device);
+  if (code != cudaSuccess) return code;
+  code = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (code != cudaSuccess) return code;
+  return major == 9 ? launch_matmul_w4a8_wgmma(args, stream) : launch_matmul_w4a8_mma(args, stream);
 }
 
 }  // namespace
@@ -34,24 +62,14 @@ Status quantize_int8(const TensorView& x, void* to, const ExecutionContext& cont
 }
 
 Status linear_coalesced_w4a8(const LinearArgs& args, const ExecutionContext& context) {
-  W4A8Args p = {};
-  p.M = linear_M(args);
-  p.N = linear_N(args);
-  p.K = linear_K(args);
-  p.group_size = args.group_size;
-  p.n_tokens = quantized_tokens(p.M);
-  p.a = static_cast<const int8_t*>(context.quantized_x);
-  p.parameter =
-      reinterpret_cast<const QuantizedParameter*>(p.a + quantized_parameter_offset_bytes(p.M, p.K));
-  p.qdata = static_cast<const uint8_t*>(args.qdata.data);
-  p.scale = args.scale.data;
-  p.zero_point = args.zero_point.present() ? args.zero_point.data : nullptr;
-  p.bias = args.bias.present() ? args.bias.data : nullptr;
-  p.y = args.y.data;
-  p.dtype = args.y.dtype;
-  p.scale_dtype = args.scale.dtype;
-  p.zero_point_dtype = args.zero_point.present() ? args.zero_point.dtype : args.scale.dtype;
-  return launch_status(weight_name(args), launch(p, static_cast<cudaStream_t>(context.stream)));
+  return launch_status(weight_name(args), launch(kernel_args(args, context),
+                                                 static_cast<cudaStream_t>(context.stream)));
+}
+
+Status linear_coalesced_w4a8_baseline(const LinearArgs& args, const ExecutionContext& context) {
+  return launch_status(weight_name(args),
+                       launch_matvec_w4a8_coalesced(kernel_args(args, context),
+                                                    static_cast<cudaStream_t>(context.stream)));
 }
 
 }  // namespace cuda_int4

@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(32 * kRowWarps * kTokenWarps,
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int row_warp = warp % kRowWarps, token_warp = warp / kRowWarps;
   const int n_k32 = static_cast<int>(p.K / kQuantizedGroup),
-            n_groups = static_cast<int>(p.K / p.group_size);
+            n_groups = static_cast<int>(p.n_groups);
   const int64_t m0 = int64_t{blockIdx.x % token_tiles} * kTokens;
   const int64_t n0 = int64_t{blockIdx.x / token_tiles} * kRows;
   const int n_steps = (n_k32 + kChunks - 1) / kChunks;

@@ -28,7 +28,7 @@ constexpr int64_t kMaxGridY = 65535;
 __global__ void __launch_bounds__(32 * kWarps) matvec_w4a8_coalesced_kernel(W4A8Args p) {
   const int64_t n = int64_t{blockIdx.x} * kWarps + threadIdx.y;
   if (n >= p.N) return;  // n is the same in all 32 lanes: the whole warp leaves together
-  const int64_t n_k32 = p.K / kQuantizedGroup, n_groups = p.K / p.group_size;
+  const int64_t n_k32 = p.K / kQuantizedGroup, n_groups = p.n_groups;
   const uint4* q_row = reinterpret_cast<const uint4*>(p.qdata + n * (p.K / 2));
   for (int64_t m = blockIdx.y; m < p.M; m += gridDim.y) {
     const uint4* even = reinterpret_cast<const uint4*>(p.a + m * p.K);

@@ -17,6 +17,15 @@ __device__ __forceinline__ int32_t dp4a_u8_s8(uint32_t a, uint32_t b, int32_t c)
   return d;
 }
 
+// ---- bits ----
+
+// (a & b) ^ c in one instruction; the compiler makes two of it where b and c are constants.
+__device__ __forceinline__ uint32_t lop3_and_xor(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
 // ---- floats ----
 
 // 2^x to 2 ulp; 0 for minus infinity, subnormals are 0.
@@ -90,6 +99,18 @@ __device__ __forceinline__ uint32_t load_global_early_u32(const void* from) {
 __device__ __forceinline__ uint32_t load_global_early_u16(const void* from) {
   uint16_t value;
   asm volatile("ld.relaxed.gpu.global.u16 %0, [%1];" : "=h"(value) : "l"(from));
+  return value;
+}
+
+// ---- loads from shared memory ----
+
+// 16 bytes in one instruction, also where only parts of them are used.
+__device__ __forceinline__ uint4 load_shared_v4(uint32_t shared) {
+  uint4 value;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "r"(shared)
+               : "memory");
   return value;
 }
 

@@ -13,7 +13,9 @@
 // Numerics  s_x = max|x| / 127 and x / s_x correctly rounded, then to nearest even: the bits of
 //           cpu/quantize_int8.h. An x that is not finite makes s_x NaN and so its row of y
 // Source    direct from the formula
+#include "launch_dependent.cuh"
 #include "numeric.cuh"
+#include "ptx.cuh"
 #include "quantize_int8.cuh"
 
 namespace cuda_int4 {
@@ -35,6 +37,8 @@ template <typename X, int kVec>
 __global__ void __launch_bounds__(kThreads) quantize_int8_kernel(QuantizeInt8Args p) {
   const int64_t k = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * kElemsPerLane;
   const bool here = k < p.K;  // the same in the 4 lanes of a group
+  griddepcontrol_wait();
+  griddepcontrol_launch_dependents();
   for (int64_t m = blockIdx.y; m < p.n_tokens; m += gridDim.y) {
     const bool row = here && m < p.M;
     float x[kElemsPerLane] = {};
@@ -89,11 +93,10 @@ cudaError_t choose(const QuantizeInt8Args& args, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>((args.K + per_block - 1) / per_block),
                   static_cast<unsigned>(args.n_tokens < kMaxGridY ? args.n_tokens : kMaxGridY));
   if (reinterpret_cast<uintptr_t>(args.x) % 16 == 0) {
-    quantize_int8_kernel<X, kElemsPer16Bytes<X>><<<grid, kThreads, 0, stream>>>(args);
-  } else {
-    quantize_int8_kernel<X, 1><<<grid, kThreads, 0, stream>>>(args);
+    return launch_dependent(quantize_int8_kernel<X, kElemsPer16Bytes<X>>, grid, kThreads, 0, stream,
+                            args);
   }
-  return cudaGetLastError();
+  return launch_dependent(quantize_int8_kernel<X, 1>, grid, kThreads, 0, stream, args);
 }
 
 }  // namespace
