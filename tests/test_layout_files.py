@@ -111,6 +111,34 @@ def test_weights_in_a_file_of_their_own(tmp_path):
     assert all(key.startswith("cuda_int4/marlin24.v1/meta/") for key in meta)
 
 
+class Tied(nn.Module):
+    """An embedding and a head that share one weight [100, 64]."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(100, 64), nn.Linear(64, 100, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens):
+        """Logits."""
+        return self.head(self.embedding(tokens))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_embedding_keeps_a_copy_in_the_order_it_has_where_its_linear_is_packed(layout, tmp_path):
+    torch.manual_seed(0)
+    model = Tied().eval().requires_grad_(False)
+    model.head.weight.view(100, 16, 4)[..., 1::2] = 0
+    cuda_int4.quantize_(model, Int4Config(group_size=32, layout="coalesced"))
+    tokens = torch.tensor([[1, 99, 64, 0]])
+    path = models.write(model, tmp_path / "model.pte", (tokens,), layout=layout)
+    assert tags(path) == {TAGS[layout]}
+    assert torch.equal(cuda_int4.load(path).forward(tokens)[0], model(tokens))
+    sizes = [c["sizes"] for c in cuda_int4.inspect(path)["constants"] if c["dtype"] == "uint8"]
+    packed = {"coalesced": [], "marlin": [[4, 1024]], "marlin24": [[2, 1024]]}
+    assert sorted(sizes) == sorted([[100, 32], *packed[layout]])
+
+
 # ---- files from before ----
 
 
