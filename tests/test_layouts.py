@@ -88,9 +88,12 @@ def test_auto_picks_marlin24_for_symmetric_weights_that_are_24():
 
 def test_zero_points_are_refused_for_a_sparse_layout():
     found = message(layouts.choose_layout, "marlin24", form(is_symmetric=False), who="wq.weight")
-    assert_expected_inline(folded(found), """\
+    assert_expected_inline(
+        folded(found),
+        """\
 wq.weight: expected a symmetric weight for marlin24.v1, got one with zero points; 2:4 kernels
-    know none: quantise with Int4Config(symmetric=True), or choose another layout""")
+    know none: quantise with Int4Config(symmetric=True), or choose another layout""",
+    )
 
 
 def test_options_that_are_refused():
