@@ -7,7 +7,7 @@
 //   y (out)  of a        [batch, M, N]  row-major                                          2 B
 //
 // Requires  K % 8 == 0, and N % 8 == 0 where n is inside   (matmul_w16a16_accepts)
-// Grid      one block of 8 warps (2 x 4) per 128 x 128 or, where those are few, 64 x 64 tile of y
+// Grid      one block of 8 warps (2 x 4) per 64 x 64 tile of y, or, k inside, 128 x 128 if there are many
 // Bytes     reads a and b once a tile across from them, mostly from the L2; bound by the tensor cores
 // Numerics  fp32 sums in the order of k; one rounding at the store
 // Source    own: mma.sync m16n8k16 from a ring of 4 stages of 64 k that cp.async fills; for machines
@@ -167,22 +167,23 @@ cudaError_t launch(const MatmulArgs& args, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-template <typename T, bool kKInside>
+// 128 x 128 with k inside only: with n inside they have not been checked on a GPU.
+template <typename T>
 cudaError_t choose_tile(const MatmulArgs& args, cudaStream_t stream) {
   const int64_t n_large = args.batch * ((args.M + 127) / 128) * ((args.N + 127) / 128);
-  if (args.M <= 64 || n_large < kFewTiles) return launch<T, kKInside, 64>(args, stream);
+  if (args.M <= 64 || n_large < kFewTiles) return launch<T, true, 64>(args, stream);
   int device = 0, most_shared = 0;  // 99 KiB on some GPUs that run the code for sm_80
   cudaError_t code = cudaGetDevice(&device);
   if (code != cudaSuccess) return code;
   code = cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (code != cudaSuccess) return code;
-  return Tile<128>::kSharedBytes <= most_shared ? launch<T, kKInside, 128>(args, stream)
-                                                : launch<T, kKInside, 64>(args, stream);
+  return Tile<128>::kSharedBytes <= most_shared ? launch<T, true, 128>(args, stream)
+                                                : launch<T, true, 64>(args, stream);
 }
 
 template <typename T>
 cudaError_t choose(const MatmulArgs& args, cudaStream_t stream) {
-  return args.b_k == 1 ? choose_tile<T, true>(args, stream) : choose_tile<T, false>(args, stream);
+  return args.b_k == 1 ? choose_tile<T>(args, stream) : launch<T, false, 64>(args, stream);
 }
 
 }  // namespace
