@@ -26,8 +26,8 @@
 //
 // Warps take a strip's units in turns. A lane loads 16 bytes four times a unit: each has its share of
 // four fragments of 16 x 16 weights, which meet the same fragment of x. Weights go from memory to
-// registers and nowhere else, and those of the next unit but one take the place of those just
-// multiplied; x goes through shared memory.
+// registers and nowhere else, and the next unit's take the place of those just multiplied; x goes
+// through shared memory.
 //
 // A code in bits 0-3 of a half of fp16 below exponent 0x6400 is 1024 + q, in bits 4-7 below 0x5400 it
 // is 64 + q; bf16: 128 + q below 0x4300. One more mma a step, with an A operand that is constant, gives
@@ -167,7 +167,6 @@ __global__ void __launch_bounds__(32 * max_warps(8 * kTiles))
   constexpr int kSpans = kUnitSteps / kSpanSteps;
   // Sums start at what the offsets take off them: fewer instructions, but they wait for it.
   constexpr bool kSeeded = kTiles == 2;
-  constexpr int kTogether = kTiles == 1 ? 4 : 2;  // times 16 rows of w, whose sums are in registers
   extern __shared__ __align__(128) uint8_t shared[];
   const uint32_t shared_base = shared_address(shared);
   const int lane = threadIdx.x, g = lane / 4, t = lane % 4;
@@ -199,28 +198,28 @@ __global__ void __launch_bounds__(32 * max_warps(8 * kTiles))
     next_codes += p.strip_bytes;
   };
   settle();
-  uint4 codes[2][kUnitSteps] = {};  // two units, in turns
-  RowValues<X, kAny> scales[2][kSpans] = {}, zeros[2][kZero ? kSpans : 1] = {};
+  uint4 codes[kUnitSteps] = {};
+  RowValues<X, kAny> scales[kSpans] = {}, zeros[kZero ? kSpans : 1] = {};
   bool is_there = false, is_whole = false;  // the next unit; the second half of it
   const auto aim = [&]() {
     is_there = next < n_units && next_tile < p.n_tiles;
     is_whole = is_there && next_unit < p.whole_units;
   };
   // Of a strip's last unit half may not be there: what the registers hold then meets x that is 0.
-  const auto load_step = [&](int d, int step) {
+  const auto load_step = [&](int step) {
     if (step < 2 ? is_there : is_whole) {
-      codes[d][step] = load_global_early_v4(next_codes + step * p.step_bytes);
+      codes[step] = load_global_early_v4(next_codes + step * p.step_bytes);
     }
   };
-  const auto load_values = [&](int d) {
+  const auto load_values = [&]() {
     if (is_there) {
 #pragma unroll
       for (int s = 0; s < kSpans; ++s) {
         const int group = kSpans == 1 ? next_unit >> p.group_shift : next_unit * kSpans + s;
         if ((kAny && p.n_groups == 1) || (kSpans > 1 && group >= p.n_groups)) continue;
         const int64_t first = group * groups_stride + (int64_t{next_tile} * kTileN + 8 * g);
-        scales[d][s].load(p.args.scale, first, p.args.scale_dtype);
-        if constexpr (kZero) zeros[d][s].load(p.args.zero_point, first, p.args.zero_point_dtype);
+        scales[s].load(p.args.scale, first, p.args.scale_dtype);
+        if constexpr (kZero) zeros[s].load(p.args.zero_point, first, p.args.zero_point_dtype);
       }
     }
     next += warps_k;
@@ -247,20 +246,15 @@ __global__ void __launch_bounds__(32 * max_warps(8 * kTiles))
   };
   const auto load_only_groups = [&]() {  // of a strip
     if (!kAny || p.n_groups > 1) return;
-    load_only_group(scales[0][0], p.args.scale, p.args.scale_dtype);
-    if constexpr (kZero) load_only_group(zeros[0][0], p.args.zero_point, p.args.zero_point_dtype);
-    scales[1][0] = scales[0][0];
-    zeros[1][0] = zeros[0][0];
+    load_only_group(scales[0], p.args.scale, p.args.scale_dtype);
+    if constexpr (kZero) load_only_group(zeros[0], p.args.zero_point, p.args.zero_point_dtype);
   };
   const auto load_first = [&]() {
     load_only_groups();
+    aim();
 #pragma unroll
-    for (int d = 0; d < 2; ++d) {
-      aim();
-#pragma unroll
-      for (int step = 0; step < kUnitSteps; ++step) load_step(d, step);
-      load_values(d);
-    }
+    for (int step = 0; step < kUnitSteps; ++step) load_step(step);
+    load_values();
   };
 
   // ---- load_window: x of some units to shared memory, in the order of work; zeros behind K ----
@@ -341,7 +335,7 @@ __global__ void __launch_bounds__(32 * max_warps(8 * kTiles))
   constexpr float kTaken = kZero ? 0.f : 8.f;
   const uint32_t minus_low = Offsets<X>::minus(Format::kLowMagic + kTaken);
   const uint32_t minus_high = Offsets<X>::minus(Format::kHighMagic + kTaken);
-  const auto multiply = [&](int d, uint32_t x_at) {
+  const auto multiply = [&](uint32_t x_at) {
     aim();
     uint32_t b[kUnitSteps][kTiles][2];
 #pragma unroll
@@ -371,54 +365,48 @@ __global__ void __launch_bounds__(32 * max_warps(8 * kTiles))
 #pragma unroll
         for (int step = first; step < first + kSpanSteps; ++step) add_offsets(step);
       }
+      float sum[4][kTiles][4] = {};
+      if constexpr (kSeeded) {
 #pragma unroll
-      for (int j0 = 0; j0 < 4; j0 += kTogether) {
-        float sum[kTogether][kTiles][4] = {};
-        if constexpr (kSeeded) {
+        for (int j = 0; j < 4; ++j) memcpy(sum[j], start, sizeof(start));
+      }
 #pragma unroll
-          for (int j = 0; j < kTogether; ++j) memcpy(sum[j], start, sizeof(start));
-        }
+      for (int step = first; step < first + kSpanSteps; ++step) {
+        if constexpr (!kSeeded) add_offsets(step);
+        const uint4& four = codes[step];
+        const uint32_t words[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
-        for (int step = first; step < first + kSpanSteps; ++step) {
-          if constexpr (!kSeeded) add_offsets(step);
-          const uint4& four = codes[d][step];
-          const uint32_t words[4] = {four.x, four.y, four.z, four.w};
+        for (int j = 0; j < 4; ++j) {
+          uint32_t pairs[4];
+          magic_of_word(words[j], pairs, X{});
+          const uint32_t a[4] = {pairs[0], pairs[2], pairs[1], pairs[3]};
 #pragma unroll
-          for (int j = 0; j < kTogether; ++j) {
-            uint32_t pairs[4];
-            magic_of_word(words[j0 + j], pairs, X{});
-            const uint32_t a[4] = {pairs[0], pairs[2], pairs[1], pairs[3]};
-#pragma unroll
-            for (int i = 0; i < kTiles; ++i) {
-              mma_m16n8k16_add(sum[j][i], a, b[step][i], sum[j][i], X{});
-            }
+          for (int i = 0; i < kTiles; ++i) {
+            mma_m16n8k16_add(sum[j][i], a, b[step][i], sum[j][i], X{});
           }
-          if (j0 + kTogether == 4) load_step(d, step);
         }
+        load_step(step);
+      }
 #pragma unroll
-        for (int j = 0; j < kTogether; ++j) {
+      for (int j = 0; j < 4; ++j) {
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const RowValues<X, kAny>& scale_of = scales[d][s];
-            const float scale = scale_of.at(j0 + j, half, scale_dtype);
-            float zero = 0.f;
-            if constexpr (kZero) {
-              zero = zeros[d][s].at(j0 + j, half, zero_dtype);
-            }
+        for (int half = 0; half < 2; ++half) {
+          const float scale = scales[s].at(j, half, scale_dtype);
+          float zero = 0.f;
+          if constexpr (kZero) zero = zeros[s].at(j, half, zero_dtype);
 #pragma unroll
-            for (int i = 0; i < kTiles; ++i) {
+          for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
-              for (int r = 2 * half; r < 2 * half + 2; ++r) {
-                float whole = kSeeded ? sum[j][i][r] : sum[j][i][r] + start[i][r];
-                if constexpr (kZero) whole -= zero * x_sum[i][r];
-                out[j0 + j][i][r] += scale * whole;
-              }
+            for (int r = 2 * half; r < 2 * half + 2; ++r) {
+              float whole = kSeeded ? sum[j][i][r] : sum[j][i][r] + start[i][r];
+              if constexpr (kZero) whole -= zero * x_sum[i][r];
+              out[j][i][r] += scale * whole;
             }
           }
         }
       }
     }
-    load_values(d);
+    load_values();
   };
 
   const auto store = [&](int item, float4 sum) {
@@ -513,7 +501,6 @@ __global__ void __launch_bounds__(32 * max_warps(8 * kTiles))
 #endif
   // A stop is the end of a window, where all warps meet, or of a strip.
   int at = warp_k, slot = warp_k, windows = 0, window_stop = 0;
-  bool is_odd = false;
   int strip_stop = min(n_units, end - strip * p.strip_units);
   for (int stop = 0; stop < n_units;) {
     if (stop == window_stop) {
@@ -527,13 +514,7 @@ __global__ void __launch_bounds__(32 * max_warps(8 * kTiles))
     stop = min(window_stop, strip_stop);
 #pragma unroll 1
     for (; at < stop; at += warps_k) {
-      const uint32_t x_at = x_lane + slot * (kUnitK * 2);
-      if (is_odd) {
-        multiply(1, x_at);
-      } else {
-        multiply(0, x_at);
-      }
-      is_odd = !is_odd;
+      multiply(x_lane + slot * (kUnitK * 2));
       slot += warps_k;
       if (slot >= p.ring) slot -= p.ring;
     }
