@@ -225,7 +225,7 @@ def cusparselt(x: Tensor, dense: Tensor, rotate_bytes: int) -> Candidate:
     copies = [packed.clone() for _ in range(copies_for(packed.nbytes, rotate_bytes))]
     M = x.shape[0]
     padded = F.pad(x.half(), (0, 0, 0, -M % 16)).T
-    algorithm = torch._cslt_sparse_mm_search(packed, padded)
+    algorithm = torch._cslt_sparse_mm_search(packed, padded, transpose_result=True)
 
     def call(i: int) -> Tensor:
         y = torch._cslt_sparse_mm(copies[i], padded, transpose_result=True, alg_id=algorithm)

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import cuda_int4
+from cuda_int4.sparse24 import is_24
 
 EXAMPLES = Path(__file__).parents[1] / "export_examples"
 sys.path.insert(0, str(EXAMPLES / "byte_llama"))  # its scripts import each other by plain names
@@ -22,7 +23,16 @@ sys.path.insert(0, str(EXAMPLES / "byte_llama"))  # its scripts import each othe
 import corpus  # noqa: E402
 import export as byte_llama  # noqa: E402
 import model as model_module  # noqa: E402
-from model import WEIGHTS, ByteLlama, Config, as_tensor, bits_per_byte, load  # noqa: E402
+from model import (  # noqa: E402
+    WEIGHTS,
+    WEIGHTS_24,
+    ByteLlama,
+    Config,
+    as_tensor,
+    bits_per_byte,
+    load,
+    save_24,
+)
 
 N_TOKENS = int(os.environ.get("BYTE_LLAMA_TOKENS", "160"))
 CONTEXT = max(256, N_TOKENS)
@@ -125,6 +135,40 @@ def test_program_agrees_with_eager_in_float32(tmp_path):
     found = byte_llama.agreement(model, program.forward, TEXT[: N_TOKENS - 1])
     assert found.greatest_difference <= 1e-4 * found.greatest_logit, found
     assert found.n_equal == found.n_tokens, found
+
+
+def linears(model: ByteLlama) -> dict[str, torch.Tensor]:
+    named = model.named_modules()
+    return {name: m.weight for name, m in named if isinstance(m, torch.nn.Linear)}
+
+
+def test_the_2_4_model_predicts_nearly_as_well_as_the_dense_one():
+    dense, sparse = load(dtype=torch.bfloat16), load(WEIGHTS_24, dtype=torch.bfloat16)
+    assert all(is_24(weight) for weight in linears(sparse).values())
+    assert not any(is_24(weight) for weight in linears(dense).values())
+    data = as_tensor(corpus.stream({"model.py": TEXT}))
+    bits = [bits_per_byte(model, data, 1024, batch=1) for model in (dense, sparse)]
+    assert bits[1] < 1.15 * bits[0], bits
+
+
+def test_auto_exports_the_2_4_model_as_marlin24(tmp_path):
+    model, path = byte_llama.build(tmp_path / "24.pte", weights=WEIGHTS_24, max_context=CONTEXT)
+    weights = cuda_int4.inspect(path)["weights"]
+    assert {weight["layout_tag"] for weight in weights} == {"marlin24.v1"}
+    program = cuda_int4.load(path, device="cpu")
+    found = byte_llama.agreement(model, program.forward, TEXT[: N_TOKENS - 1])
+    assert found.n_equal >= 0.97 * found.n_tokens and found.widest_margin_steps <= 8, found
+
+
+def test_2_4_weights_come_back_from_a_file_bit_for_bit(tmp_path):
+    model = small_model(max_context=0).cast(torch.bfloat16)
+    with pytest.raises(ValueError, match=r"expected at most 2 of 4 weights that are not 0, got more"):
+        save_24(model, {}, tmp_path / "dense.safetensors")
+    cuda_int4.prune_24_(model)
+    model.output.weight.data[0, :8] = 0  # fewer than two of four
+    save_24(model, {}, tmp_path / "24.safetensors")
+    read = load(tmp_path / "24.safetensors", dtype=torch.bfloat16).state_dict()
+    assert all(torch.equal(read[name], value) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("activation", ["none", "int8"])

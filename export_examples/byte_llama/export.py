@@ -2,7 +2,7 @@
 
     python export.py                                        # bf16 activations, groups of 32
     python export.py --group-size 128 --activation int8 -o small.pte
-    python export.py --prune --layout marlin24 -o sparse.pte
+    python export.py --weights byte_llama_24.safetensors -o sparse.pte    # 2:4: marlin24.v1
     cuda-int4 run byte_llama.pte --tokenizer bytes --prompt 'def main():'
 
 ``forward(tokens [1, S] int64, input_pos [S] int64) -> logits [1, S, 256]`` with S from 1 to the
@@ -137,6 +137,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("-o", "--output", default="byte_llama.pte")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="float weights")
     parser.add_argument("--group-size", type=int, default=32)
     parser.add_argument(
         "--asymmetric", action="store_true", help="store a zero point beside each scale"
@@ -152,6 +153,7 @@ def main() -> None:
     args = parser.parse_args()
     model, path = build(
         args.output,
+        weights=args.weights,
         group_size=args.group_size,
         symmetric=not args.asymmetric,
         method=args.method,
