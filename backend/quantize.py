@@ -17,6 +17,7 @@ from .layouts import ACTIVATIONS, GROUP_SIZES, LAYOUTS, check_layout, check_shap
 from .packing import SCALE_DTYPES, describe, pack_nibbles
 from .progress import progress
 from .solvers import hqq, min_max
+from .sparse24 import is_24
 from .tensors import CudaInt4Tensor, pack_int4
 
 _SOLVERS = {"min_max": min_max, "hqq": hqq}
@@ -88,8 +89,9 @@ def quantize_(
             must fit.
 
     Raises:
-        ValueError: a selected weight cannot be quantised; the message names the layer. Shapes are
-            all checked before the first weight changes.
+        ValueError: a selected weight cannot be quantised; the message names the layer. Shapes and
+            values are all checked before the first weight changes, but whether ``scale_dtype``
+            holds the scales.
     """
     config = config or Int4Config()
     uses = uses_by_weight(model)
@@ -100,6 +102,8 @@ def quantize_(
             + "\n  ".join(unfit),
             stacklevel=2,
         )
+    for users in selected:
+        _check_values(users[0].get(), config, who=users[0].name)
     with progress("quantising to int4", sum(u[0].get().numel() for u in selected)) as advance:
         for users in selected:  # each float weight is dropped as its int4 one is hung
             who, weight = users[0].name, users[0].get()
@@ -166,11 +170,7 @@ def quantize_weight(
     for start in range(0, N, step):
         rows = slice(start, start + step)
         groups = weight[rows].float().reshape(-1, n_groups, group_size)
-        if not bool(groups.isfinite().all()):
-            raise ValueError(
-                f"{who}: expected finite weights, got inf or nan in rows {start}.."
-                f"{min(start + step, N) - 1}; repair the checkpoint"
-            )
+        _check_finite(groups, start, who)
         q, scale[rows], z = _SOLVERS[config.method](groups, config.symmetric, scale_dtype)
         qdata[rows] = pack_nibbles(q.reshape(-1, K))
         if zero_point is not None and z is not None:
@@ -185,6 +185,27 @@ def quantize_weight(
         )
     canonical = CanonicalInt4(qdata, scale, zero_point, group_size, None, weight.dtype)
     return pack_int4(canonical, config.layout, config.activation, who=who)
+
+
+def _check_values(weight: Tensor, config: Int4Config, *, who: str) -> None:
+    """Refuse values that quantize_weight would, a few rows at a time."""
+    tag = check_layout(config.layout)
+    fits = True
+    step = max(1, _CHUNK_WEIGHTS // weight.shape[1])
+    for start in range(0, len(weight), step):
+        rows = weight[start : start + step]
+        _check_finite(rows, start, who)
+        fits = fits and (tag == "auto" or not LAYOUTS[tag].is_sparse or is_24(rows))
+    if not fits:  # it may be 2:4 all the same once it is int4, where small weights are 0
+        quantize_weight(weight, config, who=who)
+
+
+def _check_finite(rows: Tensor, start: int, who: str) -> None:
+    if not bool(rows.isfinite().all()):
+        raise ValueError(
+            f"{who}: expected finite weights, got inf or nan in rows {start}.."
+            f"{start + len(rows) - 1}; repair the checkpoint"
+        )
 
 
 def prepare_(

@@ -162,7 +162,7 @@ def test_auto_exports_the_2_4_model_as_marlin24(tmp_path):
 
 def test_2_4_weights_come_back_from_a_file_bit_for_bit(tmp_path):
     model = small_model(max_context=0).cast(torch.bfloat16)
-    with pytest.raises(ValueError, match=r"expected at most 2 of 4 weights that are not 0, got more"):
+    with pytest.raises(ValueError, match="expected at most 2 of 4 that are not 0, got more"):
         save_24(model, {}, tmp_path / "dense.safetensors")
     cuda_int4.prune_24_(model)
     model.output.weight.data[0, :8] = 0  # fewer than two of four

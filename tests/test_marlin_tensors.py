@@ -184,6 +184,27 @@ Int4Config: expected symmetric=True with layout 'marlin24', got False; 2:4 kerne
     assert type(model[0].weight) is nn.Parameter  # it is what it was
 
 
+def test_no_weight_changes_where_a_later_one_is_refused():
+    model = pruned()
+    config = cuda_int4.Int4Config(group_size=32, layout="marlin24")
+    for value in (1.0, float("nan")):
+        with torch.no_grad():
+            model[2].weight[7, :4] = value
+        before = [layer.weight for layer in (model[0], model[2])]
+        assert message(cuda_int4.quantize_, model, config).startswith("2.weight: expected ")
+        assert model[0].weight is before[0] and model[2].weight is before[1]
+
+
+def test_a_weight_that_is_24_once_it_is_int4_is_taken():
+    model = pruned()
+    with torch.no_grad():  # a 30th of the smallest scale: int4 has no code for it but 0
+        weight = model[0].weight
+        step = weight.abs().view(-1, 4, 32).amax(-1).min() / 7.5
+        weight[weight == 0] = step / 30
+    cuda_int4.quantize_(model, cuda_int4.Int4Config(group_size=32, layout="marlin24"))
+    assert isinstance(model[0].weight, CudaMarlin24Int4Tensor)
+
+
 def test_prepare_packs_into_the_layout_that_is_asked_for():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 8), nn.Linear(64, 8))

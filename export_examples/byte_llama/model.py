@@ -252,7 +252,9 @@ def save_24(model: ByteLlama, report: dict, path: Path) -> None:
         largest = (fours != 0).byte().argsort(dim=-1, descending=True, stable=True)
         mask = torch.zeros_like(fours, dtype=torch.bool).scatter_(-1, largest[..., :2], True)
         if bool(fours[~mask].any()):
-            raise ValueError(f"{name}: expected at most 2 of 4 weights that are not 0, got more; prune first")
+            raise ValueError(
+                f"{name}: expected at most 2 of 4 that are not 0, got more; prune first"
+            )
         mask = mask.flatten(1)
         state[name + KEPT] = weight[mask].view(len(weight), -1)
         weights_of_bits = 1 << torch.arange(8)
