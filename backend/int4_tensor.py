@@ -297,11 +297,16 @@ def _embedding(
             f"{type(weight).__name__}: expected an embedding without max_norm, got {max_norm}; it "
             "rewrites the weight in place: leave this embedding float"
         )
-    zero_point = weight.zero_point
+    rows, zero_point = input, weight.zero_point
+    if LAYOUTS[weight.layout_tag].pads_n:
+        # Rows that are only padding, and negative ones, would be read as others: this lookup, of
+        # what it is given, refuses them as that of any embedding does.
+        table = torch.arange(weight.shape[0], device=weight.device).unsqueeze(1)
+        rows = F.embedding(input, table).squeeze(-1)
     return dequantize_codes(
-        weight._code_rows(input),
-        weight._scale_rows(weight.scale, input),
-        None if zero_point is None else weight._scale_rows(zero_point, input),
+        weight._code_rows(rows),
+        weight._scale_rows(weight.scale, rows),
+        None if zero_point is None else weight._scale_rows(zero_point, rows),
         weight.group_size,
         weight.dtype,
     )
@@ -328,4 +333,4 @@ def _form(t: Tensor) -> str:
         return f"{type(t).__name__} {describe(t)}"
     parts = [f"{name}={describe(getattr(t, name))}" for name in t.__tensor_flatten__()[0]]
     attributes = (f"group_size={t.group_size}", t.layout_tag, f"activation={t.activation}")
-    return f"{type(t).__name__}({', '.join([*parts, *attributes])})"
+    return f"{type(t).__name__}({', '.join([f'shape={list(t.shape)}', *parts, *attributes])})"

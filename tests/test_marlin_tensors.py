@@ -100,6 +100,14 @@ def test_an_embedding_dequantises_the_rows_it_looks_up(cls, group_size, dtype):
     assert torch.equal(torch.embedding(packed, torch.tensor([7])), table[[7]])
 
 
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("row", [-1, 70, 127, 128])
+def test_an_embedding_refuses_rows_that_are_padding(cls, row):
+    packed = cls.from_int4(source(cls, 70))  # padded to 128
+    with pytest.raises(IndexError, match="index out of range"):
+        F.embedding(torch.tensor([69, row]), packed)
+
+
 def test_auto_and_forced_layouts():
     dense, sparse = source(CudaMarlinInt4Tensor), source(CudaMarlin24Int4Tensor)
     asymmetric = source(CudaMarlinInt4Tensor, zero_point=True)
@@ -244,6 +252,8 @@ def test_a_weight_travels_bit_for_bit(cls):
     assert_same(target.weight.data, packed)
     with pytest.raises(RuntimeError, match="copy_: expected a source like the target"):
         other.load_state_dict(target.state_dict())  # of another activation
+    with pytest.raises(ValueError, match=r"target .*shape=\[128, 128\].* got .*shape=\[70, 128\]"):
+        cls.from_int4(source(cls, 128, 128), "int8").copy_(cls.from_int4(source(cls), "int8"))
 
 
 def saved_and_loaded(cls, change):
@@ -436,6 +446,10 @@ def test_a_tied_embedding_exports_and_runs_from_a_file(cls, tmp_path):
     embedding.weight = head.weight = packed
     model, tokens = nn.Sequential(embedding, head), torch.tensor([[1, 99, 64]])
     path = cuda_int4.export(model, (tokens,), tmp_path / "model.pte")
-    assert torch.equal(cuda_int4.load(path).forward(tokens)[0], model(tokens))
+    loaded = cuda_int4.load(path, device="cpu")
+    assert torch.equal(loaded.forward(tokens)[0], model(tokens))
+    for row in (-1, 100):  # 100..127 are padding
+        with pytest.raises(cuda_int4._native.CudaInt4Error, match="refused its arguments"):
+            loaded.forward(torch.tensor([[1, row, 64]]))
     (entry,) = cuda_int4.inspect(path)["weights"]
     assert entry["layout_tag"] == cls.TAG and (entry["N"], entry["padded_N"]) == (100, 128)

@@ -323,13 +323,13 @@ def test_copying_between_forms_is_refused():
     assert_expected_inline(
         folded(*found),
         """\
-copy_: expected a source like the target CudaCoalescedInt4Tensor(qdata=uint8 [13, 144],
-    scale=bfloat16 [13, 9], zero_point=float32 [13, 9], group_size=32, coalesced.v1,
-    activation=none), got CudaCoalescedInt4Tensor(qdata=uint8 [13, 144], scale=bfloat16 [13, 9],
-    group_size=32, coalesced.v1, activation=none); to load int4 weights over others use
-    load_state_dict(..., assign=True)
+copy_: expected a source like the target CudaCoalescedInt4Tensor(shape=[13, 288], qdata=uint8
+    [13, 144], scale=bfloat16 [13, 9], zero_point=float32 [13, 9], group_size=32, coalesced.v1,
+    activation=none), got CudaCoalescedInt4Tensor(shape=[13, 288], qdata=uint8 [13, 144],
+    scale=bfloat16 [13, 9], group_size=32, coalesced.v1, activation=none); to load int4 weights
+    over others use load_state_dict(..., assign=True)
 copy_: expected a source like the target Tensor float32 [13, 288], got
-    CudaCoalescedInt4Tensor(qdata=uint8 [13, 144], scale=bfloat16 [13, 9], zero_point=float32
-    [13, 9], group_size=32, coalesced.v1, activation=none); to load int4 weights over others use
-    load_state_dict(..., assign=True)""",
+    CudaCoalescedInt4Tensor(shape=[13, 288], qdata=uint8 [13, 144], scale=bfloat16 [13, 9],
+    zero_point=float32 [13, 9], group_size=32, coalesced.v1, activation=none); to load int4
+    weights over others use load_state_dict(..., assign=True)""",
     )
