@@ -230,8 +230,10 @@ class Model:
 
     def __del__(self) -> None:
         """Close it, unless the interpreter is already taking itself apart."""
-        with contextlib.suppress(Exception):
+        try:  # not contextlib.suppress: modules may be gone by now
             self.close()
+        except Exception:
+            pass
 
     def __repr__(self) -> str:
         """Path, and methods while it is open."""

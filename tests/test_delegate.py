@@ -302,6 +302,15 @@ def test_a_closed_model_says_so(linear):
     assert "closed" in repr(loaded)
 
 
+def test_a_model_that_outlives_the_modules_it_needs_goes_without_a_word(linear, monkeypatch):
+    loaded = cuda_int4.load(linear[1])
+    with monkeypatch.context() as at_exit:  # Python sets what modules hold to None
+        for name in ("contextlib", "library"):
+            at_exit.setattr(cuda_int4.model, name, None)
+        loaded.__del__()
+    assert loaded.forward(rows(1))
+
+
 def test_devices(linear):
     _, path = linear
     assert cuda_int4.load(path, device="cpu").forward(rows(1))
