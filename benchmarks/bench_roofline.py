@@ -6,8 +6,8 @@
 A page per kernel, a line per shape and number of rows of x. Bytes are those of the weight's parts,
 x and y, each once; operations are multiply-adds times two, of a 2:4 weight those of the half that
 is kept. The memory floor is bytes over the read ceiling, the compute floor operations over the
-ceiling of a large float16 product; both ceilings were measured in the process that took the times.
-The share is the longer floor over the time.
+ceiling of a large float16 product; both ceilings were measured in the process that took the times,
+or in the first of them, where a table has several. The share is the longer floor over the time.
 """
 
 from __future__ import annotations
@@ -76,9 +76,14 @@ def command(options: argparse.Namespace) -> int:
     table: Path | io.StringIO = options.table
     all_right = True
     if table is None:
+        has_gpu = bench_linear.choose_device("auto") == "cuda"
+        if not has_gpu or options.device == "cpu":
+            given = "--device cpu" if has_gpu else "a machine without one, or a build for none"
+            raise ValueError(
+                f"bench roofline: expected a GPU, got {given}; give --table the CSV that bench "
+                "linear wrote on one"
+            )
         bench_linear.fill_in(options)
-        if options.device != "cuda":
-            raise ValueError("bench roofline: expected --device cuda, or --table with a CSV")
         table = io.StringIO()
         all_right = linear_cuda.run(options, table)
     text = page(table)

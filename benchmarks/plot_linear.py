@@ -62,9 +62,10 @@ def read(
     notes = [line[2:] for line in lines if line.startswith("# ")]
     rows = list(csv.DictReader(line for line in lines if not line.startswith("#")))
     if not rows or "light_fraction" not in rows[0]:
+        who = "bench" if isinstance(table, io.StringIO) else table
         raise ValueError(
-            "plot: expected the CSV of `cuda-int4 bench linear --device cuda`, with a column "
-            f"light_fraction, got {', '.join(rows[0]) if rows else 'no rows'}"
+            f"{who}: expected the CSV of `cuda-int4 bench linear --device cuda`, with a column "
+            f"light_fraction, got {', '.join(rows[0]) if rows else 'no rows'}; give another file"
         )
     return notes, [row for row in rows if with_wrong or row["us_median"] != "WRONG"]
 

@@ -95,6 +95,20 @@ def test_roofline_refuses_a_table_without_ceilings(tmp_path):
         bench_roofline.page(table)
 
 
+def test_roofline_is_for_a_gpu(monkeypatch):
+    for found, given in (("cpu", "a machine without one"), ("cuda", "--device cpu")):
+        monkeypatch.setattr(bench_roofline.bench_linear, "choose_device", lambda _, d=found: d)
+        with pytest.raises(ValueError, match=f"expected a GPU, got {given}.*give --table"):
+            bench_roofline.main(["--device", "cpu"] if found == "cuda" else [])
+
+
+def test_a_csv_of_something_else_is_refused_by_its_name(tmp_path):
+    table = tmp_path / "other.csv"
+    table.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match=r"other.csv: expected the CSV .* got a, b; give another"):
+        bench_roofline.page(table)
+
+
 @pytest.mark.parametrize("zero_points", [False, True])
 def test_random_weights_keep_the_size_of_what_goes_through(zero_points):
     weights = decode_model.RandomWeights(torch.bfloat16, 32, zero_points, "none")
