@@ -15,8 +15,7 @@ error and a reason, or gives exactly the answer of the undamaged file. Damage by
     unsealed   in ExecuTorch's own program around the delegate or tables of the .ptd, without a
                seal: only crashes and hangs count (--unsealed; no checksum covers those)
     nested     in the nested program, every checksum then made right: another program, of which
-               only crashes and hangs count (--nested; for a GPU: on a CPU some of ExecuTorch's
-               kernels abort where an argument has another type than their schema's)
+               only crashes and hangs count (--nested)
 
 CUDA_INT4_DEVICE says where they run. On a GPU an error of the driver (an address out of range, a
 launch that it refuses) counts as a crash, and --under "compute-sanitizer --log-file FILE" has the

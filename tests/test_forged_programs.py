@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from executorch.exir.scalar_type import ScalarType
 from executorch.exir.schema import (
+    Bool,
     EValue,
     FreeCall,
     Instruction,
     Int,
     KernelCall,
     MoveCall,
+    Null,
+    String,
     TensorList,
 )
 from torch import Tensor, nn
@@ -45,7 +50,11 @@ def forge(monkeypatch, tmp_path):
     """To the file of a model whose nested program an ``edit(plan)`` has been done to."""
 
     def export(
-        model: nn.Module, edit: Callable[[Any], None], inputs: Any = None, shapes: Any = None
+        model: nn.Module,
+        edit: Callable[[Any], None],
+        inputs: Any = None,
+        shapes: Any = None,
+        **options: Any,
     ) -> Any:
         def extract(emitted: Any, plan: Any, roles: Any) -> Any:
             constants = _extract_constants(emitted, plan, roles)
@@ -53,7 +62,8 @@ def forge(monkeypatch, tmp_path):
             return constants
 
         monkeypatch.setattr(nested_program, "_extract_constants", extract)
-        return models.write(make(model), tmp_path / "model.pte", inputs or (rows(16),), shapes)
+        path = tmp_path / "model.pte"
+        return models.write(make(model), path, inputs or (rows(16),), shapes, **options)
 
     return export
 
@@ -297,3 +307,125 @@ def test_arguments_that_an_op_of_executorch_takes_for_granted(forge, op, argumen
     with cuda_int4.load(forge(model, edit, shapes=ANY_LENGTH)) as loaded:
         with pytest.raises(CudaInt4Error, match=words):
             loaded.forward(rows(16))
+
+
+def test_an_item_in_the_place_of_a_tensor(forge):
+    def edit(plan):
+        for operator in plan.operators:
+            if operator.name == "aten::mul":
+                operator.name, operator.overload = "aten::_local_scalar_dense", ""
+        call = arguments(plan, "_local_scalar_dense")
+        call[:] = [call[0], call[-1]]
+
+    path = forge(Constant(lambda y, c: y * c), edit, devices=("cpu",))
+    assert "::_local_scalar_dense" in kind_refusal(path)
+
+
+def add(y: Tensor, c: Tensor) -> Tensor:
+    return y + c
+
+
+def cat(y: Tensor, c: Tensor) -> Tensor:
+    return torch.cat([y, c])
+
+
+def layer_norm(y: Tensor, c: Tensor) -> Tensor:
+    return nn.functional.layer_norm(y + c, (K,))
+
+
+# One argument of each type in ExecuTorch's kernels, and another type in its place.
+OTHER_TYPES: dict[str, tuple[Callable[..., Any], str, int, Any]] = {
+    "add.out: expected a tensor as argument 1": (add, "add", 1, Int(3)),
+    "add.out: expected a tensor as argument 0": (add, "add", 0, Null()),
+    "add.out: expected a number as argument 2": (add, "add", 2, String("1")),
+    "amax.out: expected a list of ints as argument 1": (
+        lambda y, c: (y + c).amax(-1),
+        "amax",
+        1,
+        Int(1),
+    ),
+    "amax.out: expected a bool as argument 2": (
+        lambda y, c: (y + c).amax(-1),
+        "amax",
+        2,
+        Int(1),
+    ),
+    "cat.out: expected a list of tensors as argument 0": (cat, "cat", 0, Int(3)),
+    "cat.out: expected an int as argument 1": (cat, "cat", 1, Bool(True)),
+    "gelu.out: expected a string as argument 1": (
+        lambda y, c: nn.functional.gelu(y + c),
+        "gelu",
+        1,
+        Int(0),
+    ),
+    "index.Tensor_out: expected a list of tensors or None as argument 1": (
+        lambda y, c: y[torch.tensor([0, 2])] + c[:2],
+        "index",
+        1,
+        Int(0),
+    ),
+    "native_layer_norm.out: expected a float as argument 4": (
+        layer_norm,
+        "native_layer_norm",
+        4,
+        Int(1),
+    ),
+}
+
+
+@pytest.mark.parametrize("words", sorted(OTHER_TYPES))
+def test_arguments_of_other_types_than_the_schema(forge, words):
+    f, op, argument, by = OTHER_TYPES[words]
+
+    def edit(plan):
+        plan.values.append(EValue(by))
+        arguments(plan, op)[argument] = len(plan.values) - 1
+
+    with cuda_int4.load(forge(Constant(f), edit), device="cpu") as model:
+        with pytest.raises(CudaInt4Error, match=re.escape(words)) as raised:
+            model.forward(rows(16))
+    assert raised.value.code == forged.INVALID_PROGRAM
+
+
+def test_fewer_arguments_than_the_schema(forge):
+    def edit(plan):
+        call = arguments(plan, "add")
+        call[:] = [call[-1], call[-1]]
+
+    with cuda_int4.load(forge(Constant(add), edit), device="cpu") as model:
+        with pytest.raises(CudaInt4Error, match="a number as argument 2, found none"):
+            model.forward(rows(16))
+
+
+def test_the_types_that_are_looked_for_are_those_of_the_schemas():
+    """What the runtime has of each schema, against torch's."""
+    letters = {
+        "Tensor": "T",
+        "number": "N",
+        "int": "I",
+        "bool": "B",
+        "float": "F",
+        "str": "S",
+        "List[int]": "L",
+        "List[float]": "D",
+        "List[Tensor]": "V",
+        "List[Optional[Tensor]]": "W",
+    }
+    source = Path(__file__).parents[1] / "backend" / "runtime" / "forwarded_ops.cpp"
+    found = dict(re.findall(r'{"(\w+\.?\w*)", "(\w+)"}', source.read_text()))
+    expected = {}
+    for op in supported_ops("cpu"):
+        namespace, name = op.split("::")
+        packet, _, overload = name.partition(".")
+        if name not in found or namespace not in ("aten", "dim_order_ops"):
+            continue
+        schema = getattr(getattr(getattr(torch.ops, namespace), packet), overload or "default")
+        expected[name] = ""
+        for argument in schema._schema.arguments:
+            optional = re.fullmatch(r"Optional\[(.*)\]", str(argument.type))
+            letter = letters[optional[1] if optional else str(argument.type)]
+            expected[name] += letter.lower() if optional else letter
+        if not any(argument.is_out for argument in schema._schema.arguments):
+            expected[name] += "_"
+    assert len(expected) > 150
+    assert found == expected

@@ -19,6 +19,7 @@ namespace {
 constexpr std::string_view kOurs = "cuda_int4::";
 constexpr std::string_view kView = "executorch_prim::et_view";
 constexpr std::string_view kCopyIndex = "executorch_prim::et_copy_index";
+constexpr std::string_view kItem = "cuda_int4::_local_scalar_dense";
 
 /// How many tensors an op of ours writes that is no in-place op (a list of them counts as one).
 uint32_t n_outputs(std::string_view name, std::string_view overload) {
@@ -129,10 +130,6 @@ class Method {
     }
   }
 
-  /// The arguments that a call writes: the first n and those in [begin, end).
-  struct Written {
-    uint32_t n, begin, end;
-  };
   /// What an instruction puts in the place of a value is of its kind: who reads it relies on that.
   Error wrong_kind(const char* what, const char* writer) const {
     return fail(
@@ -142,6 +139,10 @@ class Method {
         what, writer);
   }
 
+  /// The arguments that a call writes: the first n and those in [begin, end).
+  struct Written {
+    uint32_t n, begin, end;
+  };
   static Written written_by(const Table& op, uint32_t n_args) {
     const std::string_view name = op.string(0), overload = op.string(1);
     if (name == kCopyIndex) return {1, 0, 0};
@@ -158,8 +159,8 @@ class Method {
     const Written written = written_by(op, args.size());
     const std::string_view name = op.string(0);
     const bool is_in_place = !name.empty() && name.back() == '_';
-    const bool is_of_numbers =
-        name.substr(0, kOurs.size()) != kOurs && name != kView && name != kCopyIndex;
+    const bool is_of_numbers = name == kItem || (name.substr(0, kOurs.size()) != kOurs &&
+                                                 name != kView && name != kCopyIndex);
     if ((is_in_place || is_of_numbers) && args.size() > 0 &&
         is_tensor(uint32_t(args.scalar<int32_t>(args.size() - 1))) != is_in_place)
       return wrong_kind(what, std::string(name).c_str());
