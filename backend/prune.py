@@ -56,7 +56,7 @@ def prune_24_(
     norms = None if calibration is None else _input_norms(model, selected, calibration)
     if unfit:
         warnings.warn(
-            "prune_24_: these linears stay dense (a filter_fn chooses others):\n  "
+            "prune_24_: these linears stay as they are (a filter_fn chooses others):\n  "
             + "\n  ".join(unfit),
             stacklevel=2,
         )
@@ -146,7 +146,7 @@ def _select(model: nn.Module, filter_fn: FilterFn | None) -> tuple[list[list[Use
     selected: dict[int, list[Use]] = {}
     unfit = []
     for fqn, module in model.named_modules():
-        if not (filter_fn or is_linear)(module, fqn):
+        if not (filter_fn or _is_linear)(module, fqn):
             continue
         name = f"{fqn}.weight" if fqn else "weight"
         try:
@@ -165,6 +165,12 @@ def _select(model: nn.Module, filter_fn: FilterFn | None) -> tuple[list[list[Use
                 f"{users[0].name}: expected finite weights, got inf or nan; repair the checkpoint"
             )
     return list(selected.values()), unfit
+
+
+def _is_linear(module: nn.Module, fqn: str) -> bool:
+    """The default filter; unlike that of quantize_ it takes the quantised, for the warning."""
+    is_quantised = isinstance(getattr(module, "weight", None), TorchAOBaseTensor)
+    return is_linear(module, fqn) or (is_quantised and isinstance(module, nn.Linear))
 
 
 def _float_weight(module: nn.Module, name: str) -> Tensor:

@@ -146,6 +146,8 @@ def _not_24(weight: Tensor | CanonicalInt4, crowded: Tensor, who: str) -> str:
     values = weight[row, columns] if isinstance(weight, Tensor) else _values(weight, row, columns)
     nonzero = int((values != 0).sum())
     shown = ", ".join(f"{value:g}" for value in values.tolist())
+    if not isinstance(weight, Tensor):
+        shown += " in int4"
     return (
         f"{who}: expected at most 2 non-zero of every 4 consecutive weights of a row, got "
         f"{nonzero} in row {row}, columns {columns.start}..{columns.stop - 1}: {shown} "

@@ -224,7 +224,7 @@ def test_what_24_cannot_hold_is_refused():
 layers.0.wq.weight: expected a symmetric int4 weight (zero_point None), got zero_point float32
     [3, 1]; 2:4 kernels know no zero points: quantise with Int4Config(symmetric=True)
 layers.0.wq.weight: expected at most 2 non-zero of every 4 consecutive weights of a row, got 3
-    in row 66, columns 40..43: 1, 0, -8, 7 (2 such of 2240); prune the float model with
+    in row 66, columns 40..43: 1, 0, -8, 7 in int4 (2 such of 2240); prune the float model with
     prune_24_ before quantize_, or keep a dense layout""",
     )
 

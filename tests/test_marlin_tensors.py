@@ -125,8 +125,8 @@ def test_auto_and_forced_layouts():
         ),
         """\
 wq.weight: expected at most 2 non-zero of every 4 consecutive weights of a row, got 4 in row 0,
-    columns 0..3: -4, 3, 1, -8 (2186 such of 2240); prune the float model with prune_24_ before
-    quantize_, or keep a dense layout
+    columns 0..3: -4, 3, 1, -8 in int4 (2186 such of 2240); prune the float model with prune_24_
+    before quantize_, or keep a dense layout
 wq.weight: expected a symmetric weight for marlin24.v1, got one with zero points; 2:4 kernels
     know none: quantise with Int4Config(symmetric=True), or choose another layout
 wq.weight: expected a symmetric int4 weight (zero_point None), got zero_point float32 [70, 4];
@@ -184,8 +184,8 @@ def test_a_weight_that_is_not_24_is_refused_with_its_first_place():
         ),
         """\
 0.weight: expected at most 2 non-zero of every 4 consecutive weights of a row, got 3 in row 3,
-    columns 40..43: 0, -8, -1, 1 (1 such of 128); prune the float model with prune_24_ before
-    quantize_, or keep a dense layout
+    columns 40..43: 0, -8, -1, 1 in int4 (1 such of 128); prune the float model with prune_24_
+    before quantize_, or keep a dense layout
 Int4Config: expected symmetric=True with layout 'marlin24', got False; 2:4 kernels know no zero
     points: leave symmetric as it is, or choose another layout""",
     )

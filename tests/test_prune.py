@@ -146,7 +146,7 @@ def test_the_default_prunes_linears_that_fit_and_warns_of_others():
     assert_expected_inline(
         folded(*str(warned[0].message).split("\n")),
         """\
-prune_24_: these linears stay dense (a filter_fn chooses others):
+prune_24_: these linears stay as they are (a filter_fn chooses others):
   tail.weight: expected K % 4 == 0, got K=10; pad K to 12, or leave it out in filter_fn
   head.weight: expected a weight of linears alone, got one that is also embedding.weight, whose
     rows would lose half of their values; untie them, or select it in filter_fn""",
@@ -157,6 +157,14 @@ prune_24_: these linears stay dense (a filter_fn chooses others):
         assert torch.equal(w[w != 0], dense[w != 0])
     for name in ("embedding", "tail"):
         assert torch.equal(getattr(model, name).weight, getattr(before, name).weight)
+
+
+def test_a_linear_that_is_quantised_already_is_named_in_the_warning():
+    model = nn.Sequential(nn.Linear(64, 8), nn.Linear(64, 8))
+    quantize_(model, Int4Config(group_size=32), select("0"))
+    with pytest.warns(UserWarning, match=r"0.weight: .* quantised already; prune before quantize_"):
+        prune_24_(model)
+    assert is_24(model[1].weight) and not is_24(model[0].weight.unpack())
 
 
 def test_a_weight_of_two_linears_counts_the_inputs_of_both():

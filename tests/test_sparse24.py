@@ -91,8 +91,8 @@ def test_zeros_of_an_asymmetric_weight_are_codes_equal_to_its_zero_point():
         folded(message(check_24, source, who="w")),
         """\
 w: expected at most 2 non-zero of every 4 consecutive weights of a row, got 4 in row 1, columns
-    32..35: -0.25, -0.25, -0.25, -0.25 (8 such of 32); prune the float model with prune_24_
-    before quantize_, or keep a dense layout""",
+    32..35: -0.25, -0.25, -0.25, -0.25 in int4 (8 such of 32); prune the float model with
+    prune_24_ before quantize_, or keep a dense layout""",
     )
 
 
