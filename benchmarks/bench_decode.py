@@ -374,6 +374,11 @@ def command(options: argparse.Namespace) -> int:
             f"bench decode: expected --new-tokens of at least {UNCOUNTED_TOKENS + 2}, got "
             f"{options.new_tokens}; the first {UNCOUNTED_TOKENS} are not counted"
         )
+    if options.zero_points and options.layout == "marlin24":
+        raise ValueError(
+            "bench decode: expected --layout marlin24 without --zero-points, got both; 2:4 kernels "
+            "know no zero points: leave one out"
+        )
     with tempfile.TemporaryDirectory() as folder:
         run(options, Path(folder))
     return 0

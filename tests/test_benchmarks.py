@@ -95,6 +95,11 @@ def test_roofline_refuses_a_table_without_ceilings(tmp_path):
         bench_roofline.page(table)
 
 
+def test_decode_refuses_zero_points_of_a_layout_that_has_none():
+    with pytest.raises(ValueError, match="expected --layout marlin24 without --zero-points"):
+        bench_decode.main(["--layout", "marlin24", "--zero-points", "--device", "cpu"])
+
+
 def test_roofline_is_for_a_gpu(monkeypatch):
     for found, given in (("cpu", "a machine without one"), ("cuda", "--device cpu")):
         monkeypatch.setattr(bench_roofline.bench_linear, "choose_device", lambda _, d=found: d)
