@@ -114,7 +114,6 @@ struct WgmmaSparse;
 CUDA_INT4_WGMMA_SPARSE(32)
 CUDA_INT4_WGMMA_SPARSE(64)
 CUDA_INT4_WGMMA_SPARSE(128)
-CUDA_INT4_WGMMA_SPARSE(256)
 #undef CUDA_INT4_WGMMA_SPARSE
 #endif
 
@@ -593,13 +592,18 @@ cudaError_t launch_marlin_scales(const MatmulMarlinArgs& args, void* scratch, in
                                                               stream);
     }
   }
-  if (args.scale_dtype != args.dtype || args.K == args.group_size) {
-    return launch_marlin_config<T, C, MarlinScales::kAny>(args, scratch, n_multiprocessors, stream);
+  if constexpr (C::kTokens < 256) {
+    if (args.scale_dtype != args.dtype || args.K == args.group_size) {
+      return launch_marlin_config<T, C, MarlinScales::kAny>(args, scratch, n_multiprocessors,
+                                                            stream);
+    }
+    return args.group_size >= C::kStageK ? launch_marlin_config<T, C, MarlinScales::kOneAStage>(
+                                               args, scratch, n_multiprocessors, stream)
+                                         : launch_marlin_config<T, C, MarlinScales::kSimple>(
+                                               args, scratch, n_multiprocessors, stream);
+  } else {
+    return cudaErrorInvalidValue;  // with_config has these tiles for zero points only
   }
-  return args.group_size >= C::kStageK ? launch_marlin_config<T, C, MarlinScales::kOneAStage>(
-                                             args, scratch, n_multiprocessors, stream)
-                                       : launch_marlin_config<T, C, MarlinScales::kSimple>(
-                                             args, scratch, n_multiprocessors, stream);
 }
 
 }  // namespace cuda_int4
