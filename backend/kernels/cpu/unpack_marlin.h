@@ -97,7 +97,8 @@ static void unpack_tile_codes(const MarlinJob& job, int64_t tile, uint8_t* to) {
   alignas(64) uint32_t lines[4][kUnpackRows * kParts];
   for (int64_t kt0 = 0; kt0 < n_kt; kt0 += kUnpackRows) {
     const int64_t count = smaller(kUnpackRows, n_kt - kt0);
-    // The next turn's: 512 bytes here and there, which the hardware does not see coming: 1.8 to 1.7 ms at 4096 x 4096.
+    // The next turn's: 512 bytes here and there, which the hardware does not see coming: 1.8 to
+    // 1.7 ms at 4096 x 4096.
     for (int64_t kt = kt0 + kUnpackRows; kt < smaller(kt0 + 2 * kUnpackRows, n_kt); ++kt) {
       for (int i = 0; i < 8; ++i) __builtin_prefetch(words + kt * 2 * job.Np + 16 * i);
       if (kSparse) {

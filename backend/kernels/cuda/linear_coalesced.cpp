@@ -25,12 +25,7 @@ uint64_t cuda_linear_coalesced_scratch_bytes(const LinearArgs& args) {
 
 Status cuda_linear_coalesced(const LinearArgs& args, const ExecutionContext& context) {
   const CudaKernels* kernels = cuda_kernels();
-  if (kernels == nullptr) {
-    return error(StatusCode::kUnsupported,
-                 "%.200s: expected a library with CUDA kernels, this one was built without nvcc; "
-                 "use device cpu, or build again with nvcc on the PATH",
-                 weight_name(args));
-  }
+  if (kernels == nullptr) return built_without_cuda(weight_name(args));
   if (is_int8(args)) {
     ExecutionContext with_x = context;
     if (context.quantized_x == nullptr) {
