@@ -325,6 +325,23 @@ def add(y: Tensor, c: Tensor) -> Tensor:
     return y + c
 
 
+@pytest.mark.parametrize("by", [Null(), Int(-1), Int(0)], ids=["None", "negative", "another shape"])
+def test_a_copy_to_what_is_no_row(forge, by):
+    def edit(plan):
+        for operator in plan.operators:
+            if operator.name == "aten::add":
+                operator.name, operator.overload = "executorch_prim::et_copy_index", "tensor"
+        plan.values.append(EValue(by))
+        call = arguments(plan, "et_copy_index")
+        call[:] = [call[-1], call[0], len(plan.values) - 1]
+
+    with cuda_int4.load(forge(Constant(add), edit, devices=("cpu",)), device="cpu") as model:
+        with pytest.raises(
+            CudaInt4Error, match="et_copy_index.tensor: expected a tensor, one like"
+        ):
+            model.forward(rows(16))
+
+
 def cat(y: Tensor, c: Tensor) -> Tensor:
     return torch.cat([y, c])
 

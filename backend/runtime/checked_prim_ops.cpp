@@ -19,6 +19,7 @@ using executorch::runtime::Span;
 namespace {
 
 constexpr char kView[] = "executorch_prim::et_view.default";
+constexpr char kCopyIndex[] = "executorch_prim::et_copy_index.tensor";
 constexpr char kSize[] = "aten::sym_size.int";
 constexpr char kNumel[] = "aten::sym_numel";
 constexpr char kFloorDivide[] = "executorch_prim::floordiv.Scalar";
@@ -46,6 +47,20 @@ void view(KernelRuntimeContext& context, Span<EValue*> stack) {
       stack[2]->toTensor().dim() > kMaxViewDims)
     return wrong(context, kView, "a tensor, sizes and a view of the tensor's dtype");
   run<kView>(context, stack);
+}
+
+/// to[index] = from
+void copy_index(KernelRuntimeContext& context, Span<EValue*> stack) {
+  bool is_right = stack.size() == 3 && stack[0]->isTensor() && stack[1]->isTensor() &&
+                  stack[2]->isInt() && stack[2]->toInt() >= 0;
+  if (is_right) {
+    const auto to = stack[0]->toTensor(), from = stack[1]->toTensor();
+    is_right = to.scalar_type() == from.scalar_type() && to.dim() == from.dim() + 1;
+    for (int64_t d = 0; is_right && d < from.dim(); ++d) is_right = to.size(d + 1) == from.size(d);
+  }
+  if (!is_right)
+    return wrong(context, kCopyIndex, "a tensor, one like its rows and the number of a row");
+  run<kCopyIndex>(context, stack);
 }
 
 void size(KernelRuntimeContext& context, Span<EValue*> stack) {
@@ -83,6 +98,7 @@ struct Checked {
 
 constexpr Checked kChecked[] = {
     {kView, &view},
+    {kCopyIndex, &copy_index},
     {kSize, &size},
     {kNumel, &numel},
     {kFloorDivide, &divide<kFloorDivide>},
