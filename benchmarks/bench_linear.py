@@ -382,6 +382,11 @@ def fill_in(options: argparse.Namespace) -> None:
     options.dtype = getattr(torch, options.dtype or ("bfloat16" if on_cpu else "float16"))
     choices = {"no": [False], "yes": [True], "both": [False, True]}
     options.zero_points = choices[options.zero_points]
+    if not on_cpu and all(options.zero_points) and set(options.kernels) <= set(linear_cuda.SPARSE):
+        raise ValueError(
+            f"bench: expected --zero-points no or both with {', '.join(options.kernels)}, got yes; "
+            "2:4 weights have none"
+        )
 
 
 def command(options: argparse.Namespace) -> int:

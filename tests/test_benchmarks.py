@@ -209,6 +209,13 @@ def test_gemlite_is_left_out_unless_it_is_asked_for(monkeypatch, capsys):
         linear_cuda.kernels_here(["w4a16", "gemlite"])
 
 
+def test_kernels_of_2_4_weights_alone_need_weights_without_zero_points(monkeypatch):
+    monkeypatch.setattr(bench_linear, "choose_device", lambda asked: "cuda")
+    options = ["--device", "cuda", "--kernel", "marlin24", "--zero-points", "yes"]
+    with pytest.raises(ValueError, match="expected --zero-points no or both with marlin24"):
+        bench_linear.main(options)
+
+
 @pytest.mark.parametrize(
     ("main", "options", "words"),
     [
