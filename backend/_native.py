@@ -145,6 +145,41 @@ class SiluArgs(ctypes.Structure):
     _fields_ = [("x", TensorView), ("y", TensorView)]
 
 
+class AddRmsNormArgs(ctypes.Structure):
+    """kernels/ops.h AddRmsNormArgs."""
+
+    _fields_ = [
+        ("x", TensorView),
+        ("residual", TensorView),
+        ("weight", TensorView),
+        ("sum", TensorView),
+        ("y", TensorView),
+        ("eps", c_double),
+    ]
+
+
+class GateMulArgs(ctypes.Structure):
+    """kernels/ops.h GateMulArgs."""
+
+    _fields_ = [("gate_up", TensorView), ("y", TensorView), ("activation", c_char_p)]
+
+
+class RopeAppendArgs(ctypes.Structure):
+    """kernels/ops.h RopeAppendArgs."""
+
+    _fields_ = [
+        ("k_cache", TensorView),
+        ("v_cache", TensorView),
+        ("qkv", TensorView),
+        ("cos", TensorView),
+        ("sin", TensorView),
+        ("input_pos", TensorView),
+        ("q", TensorView),
+        ("n_heads", c_int64),
+        ("interleaved", ctypes.c_bool),
+    ]
+
+
 class ModelOptions(ctypes.Structure):
     """runtime/c_api.h cuda_int4_model_options."""
 
@@ -245,6 +280,9 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "attention_scratch_bytes": (c_int32, [POINTER(AttentionArgs), c_int32, POINTER(c_uint64)]),
     "rms_norm": (c_int32, [POINTER(RmsNormArgs), c_int32, c_void_p]),
     "silu": (c_int32, [POINTER(SiluArgs), c_int32, c_void_p]),
+    "add_rms_norm": (c_int32, [POINTER(AddRmsNormArgs), c_int32, c_void_p]),
+    "gate_mul": (c_int32, [POINTER(GateMulArgs), c_int32, c_void_p]),
+    "rope_append": (c_int32, [POINTER(RopeAppendArgs), c_int32, c_void_p]),
     "model_open": (c_int32, [c_char_p, c_char_p, c_char_p, c_int32, POINTER(c_void_p)]),
     "model_open_with": (c_int32, [c_char_p, c_char_p, POINTER(ModelOptions), POINTER(c_void_p)]),
     "model_profile": (

@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ def export(
     constant_methods: dict[str, Any] | None = None,
     external_weights: bool = False,
     devices: Sequence[str] = EXPORT_DEVICES,
+    fusions: str | Collection[str] = "all",
 ) -> Path:
     """Write a model with int4 weights as a ``.pte``; returns its path.
 
@@ -60,6 +61,7 @@ def export(
             ``{"get_max_seq_len": 2048}``.
         external_weights: put all constants into ``<path without .pte>.ptd``.
         devices: where the file is to run; see :class:`CudaInt4Partitioner`.
+        fusions: which ops are made one kernel; see :class:`CudaInt4Partitioner`.
 
     Raises:
         ValueError: an int4 weight that cannot be honoured, a tensor without data, or a mutated
@@ -79,6 +81,7 @@ def export(
         activation=activation,
         external_weights=target.stem if external_weights else None,
         devices=devices,
+        fusions=fusions,
     )
     training = [module for module in model.modules() if module.training]
     with progress(f"export {target.name}", _STEPS) as advance, torch.no_grad():

@@ -1,4 +1,4 @@
-"""The only torch.library registration: ``torch.ops.cuda_int4.{linear,attention,rms_norm,silu}``.
+"""The only torch.library registration: ``torch.ops.cuda_int4.*``.
 
 Each op has a schema, a fake (shapes and dtypes, for torch.export) and one implementation for CPU
 and CUDA tensors, which calls the C entry point of libcuda_int4 that the ``.pte`` runtime calls too:
@@ -11,6 +11,13 @@ memory planning needs.
                softcap c above 0, scores become c * tanh(score / c) before the mask
     rms_norm   x / sqrt(mean(x^2) + eps) * weight over the last dimension
     silu       x * sigmoid(x)
+
+and the fusions that passes make of several ops (kernels/ops.h has their arithmetic):
+
+    add_rms_norm  sum = x + residual and rms_norm(sum): the pair of them
+    gate_mul      f(gate) * up of [gate, up] in one tensor [..., 2 * N]
+    rope_append   turns q and k of [q, k, v] in one tensor, writes k and v into their caches (which
+                  it changes), gives q [B, Hq, S, D]
 """
 
 from __future__ import annotations
@@ -31,26 +38,42 @@ _SCHEMAS = {
     "float softcap=0.0",
     "rms_norm": "Tensor x, Tensor? weight, float eps",
     "silu": "Tensor x",
+    "add_rms_norm": "Tensor x, Tensor residual, Tensor? weight, float eps",
+    "gate_mul": "Tensor gate_up, str activation",
+    "rope_append": "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor qkv, Tensor cos, Tensor sin, "
+    "Tensor input_pos, int n_heads, bool interleaved",
 }
+# The results of an op that has several; others have one, called ``out``.
+_OUTPUTS = {"add_rms_norm": ("sum", "y")}
 # Position and name of each tensor in the argument struct of ops.h, and of each other argument.
 _TENSOR_ARGS = {
     "linear": ("x", "qdata", "scale", "zero_point", "meta", "bias"),
     "attention": ("q", "k", "v", "mask"),
     "rms_norm": ("x", "weight"),
     "silu": ("x",),
+    "add_rms_norm": ("x", "residual", "weight"),
+    "gate_mul": ("gate_up",),
+    "rope_append": ("k_cache", "v_cache", "qkv", "cos", "sin", "input_pos"),
 }
 _OTHER_ARGS = {
     "linear": ("group_size", "layout_tag", "activation", "out_features"),
     "attention": ("scale", "is_causal", "softcap"),
     "rms_norm": ("eps",),
     "silu": (),
+    "add_rms_norm": ("eps",),
+    "gate_mul": ("activation",),
+    "rope_append": ("n_heads", "interleaved"),
 }
 _STRUCTS = {
     "linear": _native.LinearArgs,
     "attention": _native.AttentionArgs,
     "rms_norm": _native.RmsNormArgs,
     "silu": _native.SiluArgs,
+    "add_rms_norm": _native.AddRmsNormArgs,
+    "gate_mul": _native.GateMulArgs,
+    "rope_append": _native.RopeAppendArgs,
 }
+_WRITTEN_ARGS = {"rope_append": ("k_cache", "v_cache")}  # beside the results
 # The ops that take scratch (c_api.h), and what they take behind it: no quantized_x for linear.
 _NEEDS_SCRATCH: dict[str, tuple] = {"linear": (None,), "attention": ()}
 
@@ -83,24 +106,36 @@ _OUT_SHAPES: dict[str, Callable[..., list]] = {
     "attention": lambda q, *_: list(q.shape),
     "rms_norm": lambda x, *_: list(x.shape),
     "silu": lambda x: list(x.shape),
+    "add_rms_norm": lambda x, *_: list(x.shape),
+    "gate_mul": lambda x, _: [*x.shape[:-1], x.shape[-1] // 2],
+    "rope_append": lambda k_cache, _v, qkv, _cos, _sin, _pos, n_heads, _interleaved: [
+        qkv.shape[0],
+        n_heads,
+        qkv.shape[1],
+        k_cache.shape[3],
+    ],
 }
 
 
-def _run(op: str, args: tuple, out: Tensor) -> Tensor:
-    """Call ``cuda_int4_<op>`` on the tensors' memory; on CUDA, on torch's current stream."""
+def _run(op: str, args: tuple, *outs: Tensor) -> None:
+    """Call ``cuda_int4_<op>`` on the tensors' memory; on CUDA, on torch's current stream.
+
+    The results all have the shape that ``_OUT_SHAPES`` says.
+    """
     n_tensors = len(_TENSOR_ARGS[op])
     # Held until the call is over: a contiguous copy must outlive its pointer.
     held = [
         None if tensor is None else _dense(op, name, tensor)
         for name, tensor in zip(_TENSOR_ARGS[op], args, strict=False)
     ]
-    views = b"".join([_native.packed_view(tensor) for tensor in (*held, out)])
+    views = b"".join([_native.packed_view(tensor) for tensor in (*held, *outs)])
     kind = _STRUCTS[op]
     struct = kind.from_buffer_copy(views.ljust(ctypes.sizeof(kind), b"\0"))
     # The dispatcher leaves a default out: 0, as in the struct.
     for name, value in zip(_OTHER_ARGS[op], args[n_tensors:], strict=False):
         if value is not None:  # an int that is not stated is 0 too
             setattr(struct, name, value.encode() if isinstance(value, str) else value)
+    out = outs[0]
     if not out.is_cuda:
         # No scratch: the op takes its own from the heap.
         rest = (None, 0, *_NEEDS_SCRATCH[op]) if op in _NEEDS_SCRATCH else ()
@@ -110,7 +145,6 @@ def _run(op: str, args: tuple, out: Tensor) -> Tensor:
     else:
         with torch.cuda.device(out.device):
             _run_on_current_device(op, struct, out)
-    return out
 
 
 def _run_on_current_device(op: str, struct: ctypes.Structure, out: Tensor) -> None:
@@ -138,12 +172,23 @@ def _dense(op: str, name: str, tensor: Tensor) -> Tensor:
     """Kernels want contiguous operands; attention wants only the last dimension so."""
     if op == "attention" and name != "mask":
         return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    if name in _WRITTEN_ARGS.get(op, ()):
+        return tensor  # what is written is no copy: the op refuses one that is not contiguous
     return tensor.contiguous()
 
 
 def _register(library: torch.library.Library, op: str) -> None:
-    library.define(f"{op}({_SCHEMAS[op]}) -> Tensor")
-    library.define(f"{op}.out({_SCHEMAS[op]}, *, Tensor(a!) out) -> Tensor(a!)")
+    names = _OUTPUTS.get(op, ("out",))
+    free = "abcd"[len(_WRITTEN_ARGS.get(op, ())) :]  # letters that no argument has
+    marks = [f"Tensor({letter}!)" for letter, _ in zip(free, names, strict=False)]
+    outs = ", ".join(f"{mark} {name}" for mark, name in zip(marks, names, strict=True))
+    several = len(names) > 1
+    plain = ", ".join(["Tensor"] * len(names))
+    library.define(f"{op}({_SCHEMAS[op]}) -> {f'({plain})' if several else plain}")
+    written = ", ".join(marks)
+    library.define(
+        f"{op}.out({_SCHEMAS[op]}, *, {outs}) -> {f'({written})' if several else written}"
+    )
 
     def check_devices(args: tuple) -> None:
         x = args[0]
@@ -154,30 +199,41 @@ def _register(library: torch.library.Library, op: str) -> None:
                     f"is, got {tensor.device}; move it there"
                 )
 
+    def as_result(tensors):  # type: ignore[no-untyped-def]
+        return tuple(tensors) if several else tensors[0]
+
     def functional(*args):  # type: ignore[no-untyped-def]
         check_devices(args)
-        out = torch.empty(_OUT_SHAPES[op](*args), dtype=args[0].dtype, device=args[0].device)
-        return _run(op, args, out)
+        shape = _OUT_SHAPES[op](*args)
+        made = [torch.empty(shape, dtype=args[0].dtype, device=args[0].device) for _ in names]
+        _run(op, args, *made)
+        return as_result(made)
 
-    def out_variant(*args, out):  # type: ignore[no-untyped-def]
+    def out_variant(*args, **given):  # type: ignore[no-untyped-def]
         check_devices((*args[: len(_TENSOR_ARGS[op])],))
         shape = _OUT_SHAPES[op](*args)
-        if out.dtype != args[0].dtype:
-            raise ValueError(
-                f"cuda_int4.{op}: expected out of {args[0].dtype}, got {out.dtype}; "
-                "the result has the dtype of the first argument"
-            )
-        if list(out.shape) != shape:
-            out.resize_(shape)
-        if out.is_contiguous():
-            return _run(op, args, out)
-        return out.copy_(functional(*args))
+        tensors = [given[name] for name in names]
+        for name, out in given.items():
+            if out.dtype != args[0].dtype:
+                raise ValueError(
+                    f"cuda_int4.{op}: expected {name} of {args[0].dtype}, got {out.dtype}; "
+                    "the result has the dtype of the first argument"
+                )
+            if list(out.shape) != shape:
+                out.resize_(shape)
+        if all(out.is_contiguous() for out in tensors):
+            _run(op, args, *tensors)
+        else:
+            results = functional(*args)
+            for out, result in zip(tensors, results if several else (results,), strict=True):
+                out.copy_(result)
+        return as_result(tensors)
 
     def fake(*args):  # type: ignore[no-untyped-def]
-        return args[0].new_empty(_OUT_SHAPES[op](*args))
+        return as_result([args[0].new_empty(_OUT_SHAPES[op](*args)) for _ in names])
 
-    def fake_out(*args, out):  # type: ignore[no-untyped-def]
-        return out
+    def fake_out(*args, **given):  # type: ignore[no-untyped-def]
+        return as_result([given[name] for name in names])
 
     for device in ("CPU", "CUDA"):
         library.impl(op, functional, device)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import torch
 from executorch.exir.backend.partitioner import (
@@ -36,7 +36,13 @@ from torch.fx.passes.operator_support import OperatorSupportBase
 from ._native import DTYPE_NUMBERS, EXPORT_DEVICES, supported_ops
 from .layouts import ACTIVATIONS, check_layout
 from .nested_program import operator_name
-from .passes import resolve_attention, resolve_dim_order, resolve_rms_norm, resolve_silu
+from .passes import (
+    chosen_fusions,
+    resolve_attention,
+    resolve_dim_order,
+    resolve_rms_norm,
+    resolve_silu,
+)
 from .passes.graph import calls, edge_op, input_spec, is_constant, op_of
 from .passes.int4_linear import (
     is_dequantize,
@@ -82,13 +88,15 @@ class CudaInt4Partitioner(Partitioner):
         external_weights: name of the ``.ptd`` that the constants go to; None: into the ``.pte``.
         devices: where the file is to run, of ``"cpu"`` and ``"cuda"``: a node goes in if each of
             them has a kernel for it. No GPU is needed for that.
+        fusions: which ops are made one kernel where they meet: ``"all"``, ``"none"``, or names out
+            of ``linears``, ``add_rms_norm``, ``gate_mul`` and ``rope_append`` (passes/__init__.py).
 
     Attributes:
         report: what the last ``partition`` left outside: dicts of ``node``, ``op`` and ``reason``.
 
     Raises:
-        ValueError: an unknown layout, activation or device; from ``partition``, an int4 linear that
-            cannot be honoured.
+        ValueError: an unknown layout, activation, device or fusion; from ``partition``, an int4
+            linear that cannot be honoured.
     """
 
     def __init__(
@@ -98,6 +106,7 @@ class CudaInt4Partitioner(Partitioner):
         activation: str = "none",
         external_weights: str | None = None,
         devices: Sequence[str] = EXPORT_DEVICES,
+        fusions: str | Collection[str] = "all",
     ):
         super().__init__()
         check_layout(layout)  # refuses a name that no layout has
@@ -114,6 +123,7 @@ class CudaInt4Partitioner(Partitioner):
         for device in devices:
             supported_ops(device)  # refuses a name that is no device
         self.devices = tuple(devices)
+        self.fusions = chosen_fusions(fusions, who="CudaInt4Partitioner")
         self.layout = layout
         self.activation = activation
         self.external_weights = external_weights
@@ -126,6 +136,7 @@ class CudaInt4Partitioner(Partitioner):
             activation=self.activation,
             external_weights=self.external_weights or "",
             devices=",".join(self.devices),
+            fusions=",".join(self.fusions),
             outside=json.dumps(self.report),
         )
 

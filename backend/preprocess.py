@@ -84,7 +84,10 @@ class CudaInt4Backend(BackendDetails):
         specs = decode_specs(compile_specs)
         check_constants(edge_program)
         program = run_passes(
-            edge_program, specs.get("layout", "auto"), specs.get("activation", "none")
+            edge_program,
+            specs.get("layout", "auto"),
+            specs.get("activation", "none"),
+            specs["fusions"].split(","),
         )
         linears = _linears(program)
         nested = emit_nested_program(program)

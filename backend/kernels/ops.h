@@ -82,4 +82,49 @@ struct SiluArgs {
 Status validate_silu(const SiluArgs& args);
 Status silu(const SiluArgs& args, const ExecutionContext& context);
 
+// sum = x + residual, rounded; y = rms_norm(sum, weight, eps), computed from the rounded sum: to the
+// bit what add and rms_norm give one after the other.
+struct AddRmsNormArgs {
+  TensorView x;         // [..., D] float16 | bfloat16 | float32, contiguous
+  TensorView residual;  // like x
+  TensorView weight;    // absent or [D], any of the three dtypes
+  TensorView sum;       // like x; may be x or residual itself
+  TensorView y;         // like x
+  double eps;
+};
+Status validate_add_rms_norm(const AddRmsNormArgs& args);
+Status add_rms_norm(const AddRmsNormArgs& args, const ExecutionContext& context);
+
+// y[..., n] = f(gate_up[..., n]) * gate_up[..., N + n], in float32; f's value is rounded to the dtype
+// before the product, as an op of its own would round it.
+struct GateMulArgs {
+  TensorView gate_up;      // [..., 2 * N] float16 | bfloat16 | float32, contiguous
+  TensorView y;            // [..., N], dtype of gate_up, contiguous; no part of gate_up
+  const char* activation;  // f: "silu", "gelu" or "gelu_tanh"
+};
+Status validate_gate_mul(const GateMulArgs& args);
+Status gate_mul(const GateMulArgs& args, const ExecutionContext& context);
+
+// Turns the query and key heads of qkv (RoPE), writes keys and values into the caches:
+//   q[b, h, s]                     = turn(qkv[b, s, head h])
+//   k_cache[b, h, input_pos[s]]    = turn(qkv[b, s, head n_heads + h])
+//   v_cache[b, h, input_pos[s]]    =      qkv[b, s, head n_heads + Hkv + h]
+// turn() takes the pairs (a, b) = (x[i], x[i + D/2]), or (x[2i], x[2i + 1]) where interleaved:
+//   a' = a * cos - b * sin;  b' = b * cos + a * sin
+// with the cos and sin of the place that is written (tables of D) or of the pair (tables of D/2).
+// Each product and the sum are rounded to the dtype of the tables, then the result to that of qkv.
+// A position below 0 counts from the end of the cache.
+struct RopeAppendArgs {
+  TensorView k_cache;    // [B, Hkv, T, D] dtype of qkv, contiguous; written at input_pos
+  TensorView v_cache;    // like k_cache
+  TensorView qkv;        // [B, S, (n_heads + 2 * Hkv) * D] float16 | bfloat16 | float32, contiguous
+  TensorView cos, sin;   // [S, D] or [S, D/2], dtype of qkv or float32, contiguous
+  TensorView input_pos;  // [S] int32 | int64, contiguous
+  TensorView q;          // [B, n_heads, S, D] dtype of qkv, contiguous
+  int64_t n_heads;
+  bool interleaved;
+};
+Status validate_rope_append(const RopeAppendArgs& args);
+Status rope_append(const RopeAppendArgs& args, const ExecutionContext& context);
+
 }  // namespace cuda_int4

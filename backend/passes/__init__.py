@@ -6,12 +6,18 @@ did. The graph is valid before and after each.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
+
 from executorch.exir.pass_base import ExportedProgramPassBase
 from torch.export import ExportedProgram
 
 from .. import ops as _ops  # noqa: F401  registers torch.ops.cuda_int4
 from .assign_layout import AssignLayoutPass
 from .fold_dequantize import FoldDequantizePass
+from .fuse_add_rms_norm import FuseAddRmsNormPass
+from .fuse_gate_mul import FuseGateMulPass
+from .fuse_rope_append import FuseRopeAppendPass
+from .merge_linears import MergeLinearsPass
 from .pack_weights import PackWeightsPass
 from .resolve_attention import ResolveAttentionPass
 from .resolve_dim_order import ResolveDimOrderPass
@@ -22,8 +28,13 @@ from .resolve_silu import ResolveSiluPass
 from .widen_index_put import WidenIndexPutPass
 
 __all__ = [
+    "FUSIONS",
     "AssignLayoutPass",
     "FoldDequantizePass",
+    "FuseAddRmsNormPass",
+    "FuseGateMulPass",
+    "FuseRopeAppendPass",
+    "MergeLinearsPass",
     "PackWeightsPass",
     "ResolveAttentionPass",
     "ResolveDimOrderPass",
@@ -32,12 +43,42 @@ __all__ = [
     "ResolveRmsNormPass",
     "ResolveSiluPass",
     "WidenIndexPutPass",
+    "chosen_fusions",
     "ordered_passes",
     "run_passes",
 ]
 
 
-def ordered_passes(layout: str, activation: str) -> list[ExportedProgramPassBase]:
+# The passes that make one kernel of several, by the name that turns one off, in their order. Each
+# stands on its own; the last two find more where the linears have been merged.
+FUSIONS: dict[str, Callable[[], ExportedProgramPassBase]] = {
+    "linears": MergeLinearsPass,
+    "add_rms_norm": FuseAddRmsNormPass,
+    "gate_mul": FuseGateMulPass,
+    "rope_append": FuseRopeAppendPass,
+}
+
+
+def chosen_fusions(fusions: str | Collection[str], *, who: str) -> tuple[str, ...]:
+    """The names of fusions that ``"all"``, ``"none"`` or a list of names stands for, in order.
+
+    Raises:
+        ValueError: a name that no fusion has; ``who`` begins the message.
+    """
+    named = {"all": tuple(FUSIONS), "none": ()}
+    chosen = named.get(fusions) if isinstance(fusions, str) else tuple(fusions)
+    unknown = [fusions] if chosen is None else [name for name in chosen if name not in FUSIONS]
+    if chosen is None or unknown:
+        raise ValueError(
+            f"{who}: expected fusions 'all', 'none' or a list of {', '.join(FUSIONS)}, got "
+            f"{fusions!r}; drop or correct {', '.join(map(repr, unknown))}"
+        )
+    return tuple(name for name in FUSIONS if name in chosen)
+
+
+def ordered_passes(
+    layout: str, activation: str, fusions: Collection[str] = tuple(FUSIONS)
+) -> list[ExportedProgramPassBase]:
     """The passes, in the order in which they run."""
     return [
         # First: it needs the dequantize nodes in the form in which export left them.
@@ -56,13 +97,20 @@ def ordered_passes(layout: str, activation: str) -> list[ExportedProgramPassBase
         ResolveRmsNormPass(),
         ResolveSiluPass(),
         WidenIndexPutPass(),
+        # Behind all that they match: packed constants, and our own ops.
+        *(FUSIONS[name]() for name in FUSIONS if name in fusions),
         # Last: our own ops return contiguous tensors, which makes more of these copies needless.
         ResolveDimOrderPass(),
     ]
 
 
-def run_passes(program: ExportedProgram, layout: str, activation: str) -> ExportedProgram:
+def run_passes(
+    program: ExportedProgram,
+    layout: str,
+    activation: str,
+    fusions: Collection[str] = tuple(FUSIONS),
+) -> ExportedProgram:
     """Run all passes on ``program``, in place; returns it."""
-    for a_pass in ordered_passes(layout, activation):
+    for a_pass in ordered_passes(layout, activation, fusions):
         program = a_pass(program).exported_program
     return program

@@ -162,3 +162,15 @@ int32_t cuda_int4_rms_norm(const RmsNormArgs* args, int32_t device, void* stream
 int32_t cuda_int4_silu(const SiluArgs* args, int32_t device, void* stream) {
   return eager_op("cuda_int4::silu", args, device, stream, &silu);
 }
+
+int32_t cuda_int4_add_rms_norm(const AddRmsNormArgs* args, int32_t device, void* stream) {
+  return eager_op("cuda_int4::add_rms_norm", args, device, stream, &add_rms_norm);
+}
+
+int32_t cuda_int4_gate_mul(const GateMulArgs* args, int32_t device, void* stream) {
+  return eager_op("cuda_int4::gate_mul", args, device, stream, &gate_mul);
+}
+
+int32_t cuda_int4_rope_append(const RopeAppendArgs* args, int32_t device, void* stream) {
+  return eager_op("cuda_int4::rope_append", args, device, stream, &rope_append);
+}

@@ -64,6 +64,12 @@ CUDA_INT4_API int32_t cuda_int4_attention_scratch_bytes(const cuda_int4::Attenti
 CUDA_INT4_API int32_t cuda_int4_rms_norm(const cuda_int4::RmsNormArgs* args, int32_t device,
                                          void* stream);
 CUDA_INT4_API int32_t cuda_int4_silu(const cuda_int4::SiluArgs* args, int32_t device, void* stream);
+CUDA_INT4_API int32_t cuda_int4_add_rms_norm(const cuda_int4::AddRmsNormArgs* args, int32_t device,
+                                             void* stream);
+CUDA_INT4_API int32_t cuda_int4_gate_mul(const cuda_int4::GateMulArgs* args, int32_t device,
+                                         void* stream);
+CUDA_INT4_API int32_t cuda_int4_rope_append(const cuda_int4::RopeAppendArgs* args, int32_t device,
+                                            void* stream);
 
 // ---- a loaded .pte ----
 struct cuda_int4_model;

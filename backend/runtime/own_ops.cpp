@@ -115,10 +115,65 @@ void silu_out(KernelRuntimeContext& context, Span<EValue*> stack) {
   finish(context, run_op<SiluArgs>(context, args, &validate_silu, nullptr, &silu));
 }
 
+// add_rms_norm(x, residual, weight?, eps, *, sum, y)
+void add_rms_norm_out(KernelRuntimeContext& context, Span<EValue*> stack) {
+  OpArguments a("add_rms_norm.out", stack, 6);
+  AddRmsNormArgs args{};
+  args.x = a.tensor(0);
+  args.residual = a.tensor(1);
+  args.weight = a.optional_tensor(2);
+  args.eps = a.number(3);
+  args.sum = a.out(4, args.x);
+  args.y = a.out(5, args.x);
+  if (a.error() != Error::Ok) return context.fail(a.error());
+  finish(context,
+         run_op<AddRmsNormArgs>(context, args, &validate_add_rms_norm, nullptr, &add_rms_norm));
+}
+
+// gate_mul(gate_up, activation, *, out)
+void gate_mul_out(KernelRuntimeContext& context, Span<EValue*> stack) {
+  OpArguments a("gate_mul.out", stack, 3);
+  GateMulArgs args{};
+  args.gate_up = a.tensor(0);
+  args.activation = a.string(1);
+  const int ndim = args.gate_up.ndim;
+  if (a.error() == Error::Ok)
+    args.y = a.out(2, args.gate_up, ndim > 0 ? args.gate_up.sizes[ndim - 1] / 2 : -1);
+  if (a.error() != Error::Ok) return context.fail(a.error());
+  finish(context, run_op<GateMulArgs>(context, args, &validate_gate_mul, nullptr, &gate_mul));
+}
+
+// rope_append(k_cache!, v_cache!, qkv, cos, sin, input_pos, n_heads, interleaved, *, out)
+void rope_append_out(KernelRuntimeContext& context, Span<EValue*> stack) {
+  OpArguments a("rope_append.out", stack, 9);
+  RopeAppendArgs args{};
+  args.k_cache = a.tensor(0);
+  args.v_cache = a.tensor(1);
+  args.qkv = a.tensor(2);
+  args.cos = a.tensor(3);
+  args.sin = a.tensor(4);
+  args.input_pos = a.tensor(5);
+  args.n_heads = a.integer(6);
+  args.interleaved = a.boolean(7);
+  if (a.error() == Error::Ok && args.qkv.ndim == 3 && args.k_cache.ndim == 4) {
+    const int64_t sizes[] = {args.qkv.sizes[0], args.n_heads, args.qkv.sizes[1],
+                             args.k_cache.sizes[3]};
+    args.q = a.out(8, sizes, 4);
+  } else {
+    args.q = a.tensor(8);  // the validator says what is wrong with the others
+  }
+  if (a.error() != Error::Ok) return context.fail(a.error());
+  finish(context,
+         run_op<RopeAppendArgs>(context, args, &validate_rope_append, nullptr, &rope_append));
+}
+
 constexpr OwnOp kOwnOps[] = {
+    {"add_rms_norm.out", &add_rms_norm_out},
     {"attention.out", &attention_out},
+    {"gate_mul.out", &gate_mul_out},
     {"linear.out", &linear_out},
     {"rms_norm.out", &rms_norm_out},
+    {"rope_append.out", &rope_append_out},
     {"silu.out", &silu_out},
 };
 

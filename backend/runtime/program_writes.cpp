@@ -18,6 +18,7 @@ namespace {
 
 constexpr std::string_view kOurs = "cuda_int4::";
 constexpr std::string_view kView = "executorch_prim::et_view";
+constexpr std::string_view kRopeAppend = "cuda_int4::rope_append";  // two caches, then its output
 constexpr std::string_view kCopyIndex = "executorch_prim::et_copy_index";
 constexpr std::string_view kItem = "cuda_int4::_local_scalar_dense";
 
@@ -29,6 +30,7 @@ uint32_t n_outputs(std::string_view name, std::string_view overload) {
   };
   constexpr Several kSeveral[] = {
       {"_native_batch_norm_legit_no_training", "out", 3},
+      {"add_rms_norm", "out", 2},
       {"max", "dim_max", 2},
       {"max_pool2d_with_indices", "out", 2},
       {"min", "dim_min", 2},
@@ -149,6 +151,7 @@ class Method {
     const auto last = [&](uint32_t n) { return n < n_args ? n_args - n : 0; };
     // Behind what an op writes the emitter puts what it returns: the same again.
     if (!name.empty() && name.back() == '_') return {1, last(1), n_args};
+    if (name == kRopeAppend) return {2, last(2), n_args};
     if (name.substr(0, kOurs.size()) != kOurs) return {0, last(1), n_args};
     return {0, last(n_outputs(name, overload) + 1), n_args};
   }

@@ -45,6 +45,12 @@ Status validate_rms_norm(const RmsNormArgs&) { return {}; }
 Status rms_norm(const RmsNormArgs&, const ExecutionContext&) { return {}; }
 Status validate_silu(const SiluArgs&) { return {}; }
 Status silu(const SiluArgs&, const ExecutionContext&) { return {}; }
+Status validate_add_rms_norm(const AddRmsNormArgs&) { return {}; }
+Status add_rms_norm(const AddRmsNormArgs&, const ExecutionContext&) { return {}; }
+Status validate_gate_mul(const GateMulArgs&) { return {}; }
+Status gate_mul(const GateMulArgs&, const ExecutionContext&) { return {}; }
+Status validate_rope_append(const RopeAppendArgs&) { return {}; }
+Status rope_append(const RopeAppendArgs&, const ExecutionContext&) { return {}; }
 int quantized = 0;  // calls of quantize_activation
 uint64_t quantized_activation_bytes(int64_t M, int64_t K) { return uint64_t(M * K); }
 Status quantize_activation(const TensorView&, void*, const ExecutionContext&) {
@@ -480,7 +486,8 @@ void test_devices() {
 // ---- own ops on arguments that no good file has ----
 
 void test_own_ops_refuse_any_arguments() {
-  for (const char* name : {"linear", "attention", "rms_norm", "silu"}) {
+  for (const char* name :
+       {"linear", "attention", "rms_norm", "silu", "add_rms_norm", "gate_mul", "rope_append"}) {
     const auto kernel = find_cpu_kernel("cuda_int4::" + std::string(name) + ".out");
     CHECK(kernel != nullptr);
     EValue none, integer(int64_t(7)), number(0.5), truth(true);

@@ -25,6 +25,11 @@ Status attention_on(const CpuKernels& kernels, const AttentionArgs& args,
 Status rms_norm_on(const CpuKernels& kernels, const RmsNormArgs& args,
                    const ExecutionContext& context);
 Status silu_on(const CpuKernels& kernels, const SiluArgs& args, const ExecutionContext& context);
+Status add_rms_norm_on(const CpuKernels& kernels, const AddRmsNormArgs& args,
+                       const ExecutionContext& context);
+Status gate_mul_on(const CpuKernels& kernels, const GateMulArgs& args,
+                   const ExecutionContext& context);
+Status rope_append_on(const RopeAppendArgs& args, const ExecutionContext& context);
 uint64_t linear_coalesced_scratch_bytes_on(const CpuKernels& kernels, const LinearArgs& args);
 uint64_t linear_marlin_scratch_bytes_on(const CpuKernels& kernels, const LinearArgs& args);
 

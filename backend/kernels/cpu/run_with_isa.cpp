@@ -64,9 +64,24 @@ Status run(const char* op, const void* args, const CpuKernels& kernels) {
     CUDA_INT4_RETURN_IF_ERROR(validate_silu(silu_args));
     return silu_on(kernels, silu_args, context);
   }
+  if (strcmp(op, "add_rms_norm") == 0) {
+    const AddRmsNormArgs& norm_args = *static_cast<const AddRmsNormArgs*>(args);
+    CUDA_INT4_RETURN_IF_ERROR(validate_add_rms_norm(norm_args));
+    return add_rms_norm_on(kernels, norm_args, context);
+  }
+  if (strcmp(op, "gate_mul") == 0) {
+    const GateMulArgs& gate_args = *static_cast<const GateMulArgs*>(args);
+    CUDA_INT4_RETURN_IF_ERROR(validate_gate_mul(gate_args));
+    return gate_mul_on(kernels, gate_args, context);
+  }
+  if (strcmp(op, "rope_append") == 0) {
+    const RopeAppendArgs& rope_args = *static_cast<const RopeAppendArgs*>(args);
+    CUDA_INT4_RETURN_IF_ERROR(validate_rope_append(rope_args));
+    return rope_append_on(rope_args, context);
+  }
   return error(StatusCode::kInvalidArgument,
-               "run_with_isa: expected linear, linear_weight, linear_values, attention, rms_norm "
-               "or silu, got \"%.64s\"; fix the test",
+               "run_with_isa: expected linear, linear_weight, linear_values, attention, rms_norm, "
+               "silu, add_rms_norm, gate_mul or rope_append, got \"%.64s\"; fix the test",
                op);
 }
 

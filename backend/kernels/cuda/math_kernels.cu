@@ -1,10 +1,13 @@
 // The table of math_kernels.h: tensor views to plain arguments, CUDA's errors to ours.
+#include "add_rms_norm.cuh"
 #include "convolution_kernels.cuh"
+#include "gate_mul.cuh"
 #include "launch_status.cuh"
 #include "math_kernels.h"
 #include "matmul_kernels.cuh"
 #include "reduce.cuh"
 #include "rms_norm.cuh"
+#include "rope_append.cuh"
 #include "row_kernels.cuh"
 #include "silu.cuh"
 
@@ -36,6 +39,57 @@ Status run_rms_norm(const RmsNormArgs& args, const ExecutionContext& context) {
 Status run_silu(const SiluArgs& args, const ExecutionContext& context) {
   const SiluKernelArgs kernel_args = {args.x.data, args.y.data, args.x.dtype, numel_of(args.x)};
   return launch_status("cuda_int4::silu", launch_silu(kernel_args, stream_of(context)));
+}
+
+Status run_add_rms_norm(const AddRmsNormArgs& args, const ExecutionContext& context) {
+  AddRmsNormKernelArgs kernel_args = {};
+  kernel_args.x = args.x.data;
+  kernel_args.residual = args.residual.data;
+  kernel_args.weight = args.weight.present() ? args.weight.data : nullptr;
+  kernel_args.sum = args.sum.data;
+  kernel_args.y = args.y.data;
+  kernel_args.dtype = args.x.dtype;
+  kernel_args.weight_dtype = args.weight.present() ? args.weight.dtype : args.x.dtype;
+  kernel_args.D = args.x.sizes[args.x.ndim - 1];
+  kernel_args.n_rows = numel_of(args.x) / kernel_args.D;
+  kernel_args.eps = static_cast<float>(args.eps);
+  return launch_status("cuda_int4::add_rms_norm",
+                       launch_add_rms_norm(kernel_args, stream_of(context)));
+}
+
+Status run_gate_mul(const GateMulArgs& args, const ExecutionContext& context) {
+  const GateMulKernelArgs kernel_args = {args.gate_up.data,
+                                         args.y.data,
+                                         args.y.dtype,
+                                         gate_function_of(args.activation),
+                                         numel_of(args.y),
+                                         args.y.sizes[args.y.ndim - 1]};
+  return launch_status("cuda_int4::gate_mul", launch_gate_mul(kernel_args, stream_of(context)));
+}
+
+Status run_rope_append(const RopeAppendArgs& args, const ExecutionContext& context) {
+  RopeAppendKernelArgs kernel_args = {};
+  kernel_args.k_cache = args.k_cache.data;
+  kernel_args.v_cache = args.v_cache.data;
+  kernel_args.qkv = args.qkv.data;
+  kernel_args.cos = args.cos.data;
+  kernel_args.sin = args.sin.data;
+  kernel_args.input_pos = args.input_pos.data;
+  kernel_args.q = args.q.data;
+  kernel_args.dtype = args.qkv.dtype;
+  kernel_args.table_dtype = args.cos.dtype;
+  kernel_args.pos_is_int64 = args.input_pos.dtype == DType::kInt64;
+  kernel_args.interleaved = args.interleaved;
+  kernel_args.B = args.qkv.sizes[0];
+  kernel_args.S = args.qkv.sizes[1];
+  kernel_args.n_heads = args.n_heads;
+  kernel_args.n_kv_heads = args.k_cache.sizes[1];
+  kernel_args.T = args.k_cache.sizes[2];
+  kernel_args.D = args.k_cache.sizes[3];
+  kernel_args.table_D = args.cos.sizes[1];
+  kernel_args.note = fault_note(context);
+  return launch_status("cuda_int4::rope_append",
+                       launch_rope_append(kernel_args, stream_of(context)));
 }
 
 Status run_matmul(const MatmulArgs& args, const ExecutionContext& context) {
@@ -85,6 +139,9 @@ constexpr char kGlu[] = "cuda_int4::glu";
 const MathKernels kMathKernels = {
     run_rms_norm,
     run_silu,
+    run_add_rms_norm,
+    run_gate_mul,
+    run_rope_append,
     matmul_scratch_bytes,
     run_matmul,
     reduce_scratch_bytes,

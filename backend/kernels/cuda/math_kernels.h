@@ -14,6 +14,10 @@ struct MathKernels {
   // Arguments have passed validate_rms_norm and validate_silu.
   Status (*rms_norm)(const RmsNormArgs& args, const ExecutionContext& context);
   Status (*silu)(const SiluArgs& args, const ExecutionContext& context);
+  // Likewise validate_add_rms_norm, validate_gate_mul and validate_rope_append.
+  Status (*add_rms_norm)(const AddRmsNormArgs& args, const ExecutionContext& context);
+  Status (*gate_mul)(const GateMulArgs& args, const ExecutionContext& context);
+  Status (*rope_append)(const RopeAppendArgs& args, const ExecutionContext& context);
 
   // Any real dtype; shapes and strides are the caller's to have checked.
   uint64_t (*matmul_scratch_bytes)(const MatmulArgs& args);

@@ -1,0 +1,191 @@
+// cuda_int4::rope_append: validation, and the kernel of the device.
+#include <cinttypes>
+
+#include "checks.h"
+#include "cpu/isa.h"
+#include "cpu/numeric.h"
+#include "cuda/cuda_kernels.h"
+#include "ops.h"
+#include "parallel_ranges.h"
+
+namespace cuda_int4 {
+
+namespace {
+
+constexpr char kOp[] = "cuda_int4::rope_append";
+
+Status check_dtype(const TensorCheck& check, const TensorView& view, DType expected) {
+  if (view.dtype == expected) return {};
+  return error(StatusCode::kInvalidArgument, "%s: expected %s of dtype %s, got %s; %s", check.who,
+               check.part, dtype_name(expected), dtype_name(view.dtype), check.cure);
+}
+
+}  // namespace
+
+Status validate_rope_append(const RopeAppendArgs& args) {
+  const TensorCheck qkv{kOp, "qkv", "pass qkv.contiguous(), [B, S, (n_heads + 2 * Hkv) * D]"};
+  const TensorCheck k_cache{kOp, "k_cache", "make a cache [B, Hkv, T, D] with an even D"};
+  const TensorCheck v_cache{kOp, "v_cache", "make both caches alike"};
+  const TensorCheck cos{kOp, "cos", "pass tables [S, D] or [S, D/2] of qkv's dtype or float32"};
+  const TensorCheck sin{kOp, "sin", "make both tables alike"};
+  const TensorCheck input_pos{kOp, "input_pos", "pass one int32 or int64 position per token"};
+  const TensorCheck q{kOp, "q", "allocate a contiguous q [B, n_heads, S, D]"};
+  const TensorCheck checks[] = {qkv, k_cache, v_cache, cos, sin, input_pos, q};
+  const TensorView* const views[] = {&args.qkv, &args.k_cache,   &args.v_cache, &args.cos,
+                                     &args.sin, &args.input_pos, &args.q};
+  int64_t numel = 0;
+  for (int i = 0; i < 7; ++i)
+    CUDA_INT4_RETURN_IF_ERROR(check_contiguous(checks[i], *views[i], &numel));
+  CUDA_INT4_RETURN_IF_ERROR(check_float_kind(qkv, args.qkv));
+  CUDA_INT4_RETURN_IF_ERROR(check_dtype(k_cache, args.k_cache, args.qkv.dtype));
+  CUDA_INT4_RETURN_IF_ERROR(check_dtype(v_cache, args.v_cache, args.qkv.dtype));
+  CUDA_INT4_RETURN_IF_ERROR(check_dtype(q, args.q, args.qkv.dtype));
+  if (args.cos.dtype != DType::kFloat32)
+    CUDA_INT4_RETURN_IF_ERROR(check_dtype(cos, args.cos, args.qkv.dtype));
+  CUDA_INT4_RETURN_IF_ERROR(check_dtype(sin, args.sin, args.cos.dtype));
+  if (args.input_pos.dtype != DType::kInt32)
+    CUDA_INT4_RETURN_IF_ERROR(check_dtype(input_pos, args.input_pos, DType::kInt64));
+  if (args.k_cache.ndim != 4 || args.k_cache.sizes[3] < 2 || args.k_cache.sizes[3] % 2 != 0) {
+    return error(StatusCode::kInvalidArgument,
+                 "%s: expected k_cache [B, Hkv, T, D] with an even D, got %s; %s", kOp,
+                 ShapeText(args.k_cache).text, k_cache.cure);
+  }
+  CUDA_INT4_RETURN_IF_ERROR(check_same_shape(v_cache, args.v_cache, args.k_cache));
+  const int64_t B = args.k_cache.sizes[0], Hkv = args.k_cache.sizes[1], D = args.k_cache.sizes[3];
+  if (args.n_heads < 1 || args.n_heads > kMaxDim) {
+    return error(StatusCode::kInvalidArgument,
+                 "%s: expected n_heads in 1..%" PRId64 ", got %" PRId64 "; fix the call", kOp,
+                 kMaxDim, args.n_heads);
+  }
+  const int64_t n_all = args.n_heads + 2 * Hkv;
+  const int64_t S = args.qkv.ndim == 3 ? args.qkv.sizes[1] : 0;
+  if (args.qkv.ndim != 3 || args.qkv.sizes[0] != B || args.qkv.sizes[2] % D != 0 ||
+      args.qkv.sizes[2] / D != n_all) {
+    return error(StatusCode::kInvalidArgument,
+                 "%s: expected qkv [%" PRId64 ", S, %" PRId64 " heads of %" PRId64 "], got %s; %s",
+                 kOp, B, n_all, D, ShapeText(args.qkv).text, qkv.cure);
+  }
+  const int64_t width = args.cos.ndim == 2 && args.cos.sizes[1] == D / 2 ? D / 2 : D;
+  const int64_t table_sizes[] = {S, width};
+  CUDA_INT4_RETURN_IF_ERROR(check_shape(cos, args.cos, 2, table_sizes));
+  CUDA_INT4_RETURN_IF_ERROR(check_shape(sin, args.sin, 2, table_sizes));
+  CUDA_INT4_RETURN_IF_ERROR(check_shape(input_pos, args.input_pos, 1, &S));
+  const int64_t q_sizes[] = {B, args.n_heads, S, D};
+  CUDA_INT4_RETURN_IF_ERROR(check_shape(q, args.q, 4, q_sizes));
+  for (int i = 0; i < 7; ++i) {
+    CUDA_INT4_RETURN_IF_ERROR(check_data(checks[i], *views[i]));
+    CUDA_INT4_RETURN_IF_ERROR(check_alignment(checks[i], *views[i], dtype_bytes(views[i]->dtype)));
+  }
+  return {};
+}
+
+namespace cpu {
+
+namespace {
+
+// The place in the cache of token s; false: it is outside.
+bool place_of(const RopeAppendArgs& args, int64_t s, int64_t* given, int64_t* place) {
+  const bool is_int64 = args.input_pos.dtype == DType::kInt64;
+  *given = is_int64 ? static_cast<const int64_t*>(args.input_pos.data)[s]
+                    : static_cast<const int32_t*>(args.input_pos.data)[s];
+  const int64_t T = args.k_cache.sizes[2];
+  if (*given < -T || *given >= T) return false;
+  *place = *given < 0 ? *given + T : *given;
+  return true;
+}
+
+template <class C>
+float rounded_to(float value) {
+  C rounded;
+  from_float(value, &rounded);
+  return to_float(rounded);
+}
+
+// Heads of X, tables of C. This file is compiled without contraction: the two products are rounded
+// before their sum, as by ops of their own.
+template <class X, class C>
+void turn_heads(const RopeAppendArgs& args, int64_t begin, int64_t end) {
+  const int64_t S = args.qkv.sizes[1], Hkv = args.k_cache.sizes[1];
+  const int64_t T = args.k_cache.sizes[2], D = args.k_cache.sizes[3], half = D / 2;
+  const int64_t n_all = args.n_heads + 2 * Hkv, width = args.cos.sizes[1];
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t head = item % n_all, token = item / n_all, s = token % S, b = token / S;
+    const X* from = static_cast<const X*>(args.qkv.data) + item * D;
+    X* to = static_cast<X*>(args.q.data) + ((b * args.n_heads + head) * S + s) * D;
+    if (head >= args.n_heads) {
+      int64_t given = 0, place = 0;
+      place_of(args, s, &given, &place);  // rope_append_on has looked at all of them
+      const bool is_key = head < args.n_heads + Hkv;
+      const int64_t kv_head = head - args.n_heads - (is_key ? 0 : Hkv);
+      void* cache = is_key ? args.k_cache.data : args.v_cache.data;
+      to = static_cast<X*>(cache) + ((b * Hkv + kv_head) * T + place) * D;
+      if (!is_key) {
+        for (int64_t d = 0; d < D; ++d) to[d] = from[d];
+        continue;
+      }
+    }
+    const C* cos = static_cast<const C*>(args.cos.data) + s * width;
+    const C* sin = static_cast<const C*>(args.sin.data) + s * width;
+    for (int64_t i = 0; i < half; ++i) {
+      const int64_t first = args.interleaved ? 2 * i : i;
+      const int64_t second = args.interleaved ? 2 * i + 1 : i + half;
+      const int64_t at_first = width == D ? first : i, at_second = width == D ? second : i;
+      const float a = to_float(from[first]), b_value = to_float(from[second]);
+      const float a_cos = rounded_to<C>(a * to_float(cos[at_first]));
+      const float b_sin = rounded_to<C>(b_value * to_float(sin[at_first]));
+      const float b_cos = rounded_to<C>(b_value * to_float(cos[at_second]));
+      const float a_sin = rounded_to<C>(a * to_float(sin[at_second]));
+      from_float(rounded_to<C>(a_cos - b_sin), &to[first]);
+      from_float(rounded_to<C>(b_cos + a_sin), &to[second]);
+    }
+  }
+}
+
+template <class X>
+void turn(const RopeAppendArgs& args, int64_t begin, int64_t end) {
+  if (args.cos.dtype == DType::kFloat32) {
+    turn_heads<X, float>(args, begin, end);
+  } else {
+    turn_heads<X, X>(args, begin, end);
+  }
+}
+
+}  // namespace
+
+Status rope_append_on(const RopeAppendArgs& args, const ExecutionContext& context) {
+  const int64_t S = args.qkv.sizes[1], T = args.k_cache.sizes[2], D = args.k_cache.sizes[3];
+  for (int64_t s = 0; s < S; ++s) {  // before anything is written
+    int64_t given = 0, place = 0;
+    if (!place_of(args, s, &given, &place)) {
+      return error(StatusCode::kInvalidArgument,
+                   "%s: expected input_pos in 0..%" PRId64 ", got %" PRId64 " for token %" PRId64
+                   "; make the cache longer, or the context shorter",
+                   kOp, T - 1, given, s);
+    }
+  }
+  const int64_t n_items = args.qkv.sizes[0] * S * (args.qkv.sizes[2] / D);
+  parallel_ranges(context, n_items, ceil_div(int64_t{1} << 14, D), [&](int64_t begin, int64_t end) {
+    if (args.qkv.dtype == DType::kFloat16) {
+      turn<Half>(args, begin, end);
+    } else if (args.qkv.dtype == DType::kBFloat16) {
+      turn<BFloat>(args, begin, end);
+    } else {
+      turn<float>(args, begin, end);
+    }
+  });
+  return {};
+}
+
+}  // namespace cpu
+
+Status rope_append(const RopeAppendArgs& args, const ExecutionContext& context) {
+  CUDA_INT4_RETURN_IF_ERROR(validate_rope_append(args));
+  if (context.device == DeviceKind::kCuda) {
+    const CudaKernels* kernels = cuda_kernels();
+    return kernels == nullptr ? built_without_cuda(kOp) : kernels->math->rope_append(args, context);
+  }
+  CUDA_INT4_RETURN_IF_ERROR(check_cpu_device(kOp, context));
+  return cpu::rope_append_on(args, context);
+}
+
+}  // namespace cuda_int4
