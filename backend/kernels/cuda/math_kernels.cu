@@ -58,12 +58,9 @@ Status run_add_rms_norm(const AddRmsNormArgs& args, const ExecutionContext& cont
 }
 
 Status run_gate_mul(const GateMulArgs& args, const ExecutionContext& context) {
-  const GateMulKernelArgs kernel_args = {args.gate_up.data,
-                                         args.y.data,
-                                         args.y.dtype,
-                                         gate_function_of(args.activation),
-                                         numel_of(args.y),
-                                         args.y.sizes[args.y.ndim - 1]};
+  const GateMulKernelArgs kernel_args = {args.gate_up.data, args.y.data,
+                                         args.y.dtype,      gate_function_of(args.activation),
+                                         numel_of(args.y),  args.y.sizes[args.y.ndim - 1]};
   return launch_status("cuda_int4::gate_mul", launch_gate_mul(kernel_args, stream_of(context)));
 }
 

@@ -1,0 +1,30 @@
+// rope_append: arguments and launcher; the contract is in rope_append.cu.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "../tensor_view.h"
+#include "fault.cuh"
+
+namespace cuda_int4 {
+
+struct RopeAppendKernelArgs {  // device pointers; sizes in elements
+  void* k_cache;
+  void* v_cache;
+  const void* qkv;
+  const void* cos;
+  const void* sin;
+  const void* input_pos;
+  void* q;
+  DType dtype, table_dtype;
+  bool pos_is_int64, interleaved;
+  int64_t B, S, n_heads, n_kv_heads, T, D;
+  int64_t table_D;  // D or D / 2
+  FaultNote note;
+};
+
+cudaError_t launch_rope_append(const RopeAppendKernelArgs& args, cudaStream_t stream);
+
+}  // namespace cuda_int4
