@@ -103,6 +103,43 @@ def silu(x: Tensor, isa: str = "scalar") -> Tensor:
     return finish("silu", args, isa, y, guard)
 
 
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, isa: str = "scalar"
+) -> tuple[Tensor, Tensor]:
+    """Outputs of cuda_int4::add_rms_norm."""
+    (total, guard), (y, y_guard) = (poisoned(tuple(x.shape), x.dtype) for _ in range(2))
+    views = [_native.tensor_view(t) for t in (x, residual, weight, total, y)]
+    finish("add_rms_norm", _native.AddRmsNormArgs(*views, eps), isa, y, y_guard)
+    assert guard.isnan().all(), f"add_rms_norm on {isa} wrote behind its sum"
+    return total, y
+
+
+def gate_mul(gate_up: Tensor, activation: str, isa: str = "scalar") -> Tensor:
+    """Output of cuda_int4::gate_mul."""
+    y, guard = poisoned((*gate_up.shape[:-1], gate_up.shape[-1] // 2), gate_up.dtype)
+    views = [_native.tensor_view(t) for t in (gate_up, y)]
+    return finish("gate_mul", _native.GateMulArgs(*views, activation.encode()), isa, y, guard)
+
+
+def rope_append(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    input_pos: Tensor,
+    n_heads: int,
+    interleaved: bool,
+) -> Tensor:
+    """Output of cuda_int4::rope_append, which has one CPU kernel; the caches are written."""
+    shape = (qkv.shape[0], n_heads, qkv.shape[1], k_cache.shape[3])
+    q, guard = poisoned(shape, qkv.dtype)
+    tensors = (k_cache, v_cache, qkv, cos, sin, input_pos, q)
+    views = [_native.tensor_view(t) for t in tensors]
+    args = _native.RopeAppendArgs(*views, n_heads, interleaved)
+    return finish("rope_append", args, "scalar", q, guard)
+
+
 def relative_error(found: Tensor, exact: Tensor) -> float:
     """Frobenius, in float64."""
     return float((found.double() - exact).norm() / exact.norm().clamp_min(1e-300))

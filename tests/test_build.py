@@ -132,6 +132,7 @@ def test_no_device_has_cuda_kernels_here_without_saying_so():
 def test_op_table_holds_what_a_decoder_and_an_encoder_need():
     ops = _native.supported_ops("cpu")
     ours = {"linear.out", "attention.out", "rms_norm.out", "silu.out"}
+    ours |= {"add_rms_norm.out", "gate_mul.out", "rope_append.out"}
     assert {name for name in ops if name.startswith("cuda_int4::")} == {
         f"cuda_int4::{name}" for name in ours
     }

@@ -10,7 +10,7 @@ from cuda_int4 import _native
 from cuda_int4 import ops as _ops  # noqa: F401
 from messages import folded, message
 
-OPS = ("linear", "attention", "rms_norm", "silu")
+OPS = ("linear", "attention", "rms_norm", "silu", "add_rms_norm", "gate_mul", "rope_append")
 CASE = cases.Case(3, 13, 96, 32, "executorch", "fractional")
 
 
@@ -25,6 +25,14 @@ def arguments(op: str, dtype: torch.dtype = torch.bfloat16) -> tuple:
         return q, k, v, None, 0.5, False
     if op == "rms_norm":
         return torch.randn(2, 3, 16).to(dtype), torch.randn(16).to(dtype), 1e-5
+    if op == "add_rms_norm":
+        x, residual = torch.randn(2, 2, 3, 16).to(dtype)
+        return x, residual, torch.randn(16).to(dtype), 1e-5
+    if op == "gate_mul":
+        return torch.randn(2, 10).to(dtype), "silu"
+    if op == "rope_append":  # 3 query heads and 2 of keys, of 4, at 2 places of 5
+        caches, tables = torch.zeros(2, 1, 2, 5, 4).to(dtype), torch.randn(2, 2, 4).to(dtype)
+        return *caches, torch.randn(1, 2, 28).to(dtype), *tables, torch.tensor([3, 0]), 3, False
     return (torch.randn(2, 5).to(dtype),)
 
 
@@ -50,7 +58,18 @@ cuda_int4::attention.out(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale
 cuda_int4::rms_norm(Tensor x, Tensor? weight, float eps) -> Tensor
 cuda_int4::rms_norm.out(Tensor x, Tensor? weight, float eps, *, Tensor(a!) out) -> Tensor(a!)
 cuda_int4::silu(Tensor x) -> Tensor
-cuda_int4::silu.out(Tensor x, *, Tensor(a!) out) -> Tensor(a!)""",
+cuda_int4::silu.out(Tensor x, *, Tensor(a!) out) -> Tensor(a!)
+cuda_int4::add_rms_norm(Tensor x, Tensor residual, Tensor? weight, float eps) -> (Tensor,
+    Tensor)
+cuda_int4::add_rms_norm.out(Tensor x, Tensor residual, Tensor? weight, float eps, *, Tensor(a!)
+    sum, Tensor(b!) y) -> (Tensor(a!), Tensor(b!))
+cuda_int4::gate_mul(Tensor gate_up, str activation) -> Tensor
+cuda_int4::gate_mul.out(Tensor gate_up, str activation, *, Tensor(a!) out) -> Tensor(a!)
+cuda_int4::rope_append(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor qkv, Tensor cos, Tensor
+    sin, Tensor input_pos, int n_heads, bool interleaved) -> Tensor
+cuda_int4::rope_append.out(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor qkv, Tensor cos,
+    Tensor sin, Tensor input_pos, int n_heads, bool interleaved, *, Tensor(c!) out) ->
+    Tensor(c!)""",
     )
 
 
