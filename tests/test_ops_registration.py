@@ -76,7 +76,8 @@ cuda_int4::rope_append.out(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor qkv, T
 @pytest.mark.parametrize("op", OPS)
 def test_executorch_finds_the_out_variant(op):
     packet = getattr(torch.ops.cuda_int4, op)
-    assert to_out_variant(packet.default) == (packet.out, ("out",))
+    names = ("sum", "y") if op == "add_rms_norm" else ("out",)
+    assert to_out_variant(packet.default) == (packet.out, names)
     assert f"cuda_int4::{op}.out" in _native.supported_ops()
 
 
@@ -85,15 +86,25 @@ def test_executorch_finds_the_out_variant(op):
 def test_fake_and_out_agree_with_the_op(op, dtype):
     function = getattr(torch.ops.cuda_int4, op)
     args = arguments(op, dtype)
-    y = function(*args)
-    assert y.dtype == dtype and y.isfinite().all()
+    results = function(*args)
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fakes = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args]
-        fake = function(*fakes)
-    assert (fake.shape, fake.dtype, fake.stride()) == (y.shape, y.dtype, y.stride())
-    for out in (torch.full_like(y, torch.nan), torch.empty(0, dtype=dtype)):  # the second grows
-        assert function.out(*args, out=out) is out
-        assert torch.equal(out, y)
+        fake_results = function(*fakes)
+    names = [a.name for a in function.out._schema.arguments if a.is_out]
+    several = len(names) > 1
+    pairs = zip(results, fake_results, strict=True) if several else [(results, fake_results)]
+    results = results if several else (results,)
+    for y, fake in pairs:
+        assert y.dtype == dtype and y.isfinite().all()
+        assert (fake.shape, fake.dtype, fake.stride()) == (y.shape, y.dtype, y.stride())
+    for empty in (False, True):  # the second grows
+        outs = [
+            torch.empty(0, dtype=dtype) if empty else torch.full_like(y, torch.nan) for y in results
+        ]
+        got = function.out(*args, **dict(zip(names, outs, strict=True)))
+        for one, out, y in zip(got if several else (got,), outs, results, strict=True):
+            assert one is out
+            assert torch.equal(out, y)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -107,7 +118,14 @@ def test_strided_operands_are_read_by_their_strides(op):
     ]
     assert all(not a.is_contiguous() for a in strided if isinstance(a, torch.Tensor))
     function = getattr(torch.ops.cuda_int4, op)
-    assert torch.equal(function(*strided), function(*args))
+    if op == "rope_append":  # the caches are written where they lie
+        refusal = message(function, *strided, error=_native.CudaInt4Error)
+        assert refusal.startswith(
+            "cuda_int4::rope_append: expected k_cache [1, 2, 5, 4] contiguous"
+        )
+        strided[:2] = args[:2]
+    for found, expected in zip(function(*strided), function(*args), strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_a_strided_out_is_written_by_its_strides():
