@@ -194,10 +194,10 @@ def check_programs(fused: Path, plain: Path, n_tokens: int) -> None:
     print(f"fused and plain: {same_bits} of {n_tokens} rows of logits are the same to the bit")
     if first is not None:
         top = exact[first].topk(2).values
-        print(
-            f"  first other byte at {first}: plain's top two lie {float(top[0] - top[1]):.3e} "
-            f"apart, the logits differ by up to {float((logits[first] - exact[first]).abs().max()):.3e}"
-        )
+        margin = float(top[0] - top[1])
+        difference = float((logits[first] - exact[first]).abs().max())
+        print(f"  first other byte at {first}: plain's top two lie {margin:.3e} apart, the logits")
+        print(f"  differ by up to {difference:.3e}")
     note(first is None, "fused and plain choose other bytes")
 
 
