@@ -84,6 +84,7 @@ class Row:
 def export(config: decode_model.Config, options: argparse.Namespace, path: Path) -> None:
     """Write the ``.pte``."""
     start = time.perf_counter()
+    fusions = options.fusions
     max_new_tokens = max(options.new_tokens, STEP_TOKENS)
     max_context = max(options.context + options.prefill) + max_new_tokens + CHECKED_TOKENS
     model = decode_model.build(
@@ -113,6 +114,7 @@ def export(config: decode_model.Config, options: argparse.Namespace, path: Path)
             "enable_dynamic_shape": True,
         },
         devices=(options.device,),
+        fusions=fusions if fusions in ("all", "none") else fusions.split(","),
     )
     print(
         f"exported {path.stat().st_size / 1e9:.2f} GB in {time.perf_counter() - start:.1f} s",
@@ -341,6 +343,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--zero-points", action="store_true")
     parser.add_argument(
         "--activation", choices=("none", "int8"), default="none", help="w4a16 or w4a8"
+    )
+    parser.add_argument(
+        "--fusions", default="all", help="all, none, or names of fusions with commas between them"
     )
     parser.add_argument(
         "--dense-head", action="store_true", help="leave the head in --dtype, not in int4"

@@ -61,6 +61,12 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
         f" (default: {' '.join(_native.EXPORT_DEVICES)})",
     )
     parser.add_argument(
+        "--fusions",
+        default="all",
+        help="ops that are made one kernel: all, none, or some of linears, add_rms_norm, gate_mul"
+        " and rope_append, with commas between them (default: %(default)s)",
+    )
+    parser.add_argument(
         "--external-weights",
         action="store_true",
         help="put the weights into a .ptd beside the .pte",
@@ -91,6 +97,7 @@ def export_command(args: argparse.Namespace) -> int:
         activation=args.activation,
         external_weights=args.external_weights,
         devices=args.devices,
+        fusions=args.fusions if args.fusions in ("all", "none") else args.fusions.split(","),
         **parts,
     )
     summary = cuda_int4.inspect(path)
