@@ -305,7 +305,8 @@ _MEMORY = """
             self.layers = nn.ModuleList(linear(N, 2048, seed) for seed, N in enumerate(sizes))
 
         def forward(self, x):
-            return [layer(x) for layer in self.layers]
+            # None reads what another does: the sixteen would be one constant.
+            return [layer(x + i) for i, layer in enumerate(self.layers)]
 
     def export(model, path):  # the standard calls: cuda_int4.export would pack the model first
         program = torch.export.export(model, (torch.randn(1, 2048),))

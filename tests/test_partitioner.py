@@ -82,11 +82,12 @@ def test_a_transformer_with_cache_and_dynamic_length_is_one_delegate(whole, dtyp
     manager, partitioner = lower(model, *inputs, dynamic_shapes=shapes, whole=whole)
     assert partitioner.report == [] and outside(manager) == []
     (blob,) = blobs(manager)
-    assert len(blob.linears) == 7 * model.LAYERS + 1
+    assert len(blob.linears) == 4 * model.LAYERS + 1  # q, k and v, and gate and up, are one
     names = [linear.name for linear in blob.linears]
-    assert names[:2] == ["layers.0.wq.weight", "layers.0.wk.weight"]
-    assert "cuda_int4::index_put_" in blob.ops and "cuda_int4::copy_" not in blob.ops
+    assert names[:2] == ["layers.0.wq+wk+wv.weight", "layers.0.wo.weight"]
     assert ("cuda_int4::attention.out" in blob.ops) == whole
+    assert ("cuda_int4::rope_append.out" in blob.ops) == whole
+    assert ("cuda_int4::index_put_" in blob.ops) != whole and "cuda_int4::copy_" not in blob.ops
     assert not manager.exported_program().state_dict  # caches and weights went along
     program = manager.to_executorch()
     assert len(program.executorch_program.execution_plan[0].delegates) == 1
@@ -99,20 +100,16 @@ def test_ops_of_a_whole_transformer():
         "\n".join(sorted(blobs(manager)[0].ops)),
         """\
 aten::sym_size.int
-cuda_int4::add.out
+cuda_int4::add_rms_norm.out
 cuda_int4::attention.out
-cuda_int4::cat.out
 cuda_int4::embedding.out
+cuda_int4::gate_mul.out
 cuda_int4::index.Tensor_out
-cuda_int4::index_put_
 cuda_int4::le.Tensor_out
 cuda_int4::linear.out
-cuda_int4::mul.out
 cuda_int4::permute_copy.out
 cuda_int4::rms_norm.out
-cuda_int4::silu.out
-cuda_int4::split_with_sizes_copy.out
-cuda_int4::sub.out
+cuda_int4::rope_append.out
 cuda_int4::unsqueeze_copy.out
 executorch_prim::et_view.default""",
     )
@@ -157,6 +154,7 @@ aten__pdist_forward_default: aten._pdist_forward.default: libcuda_int4 has no ke
         assert json.loads(specs.pop("outside")) == partitioner.report
         assert specs == {
             "layout": "auto",
+            "fusions": "linears,add_rms_norm,gate_mul,rope_append",
             "activation": "none",
             "external_weights": "",
             "devices": "cpu,cuda",

@@ -106,6 +106,7 @@ def _match_site(program: ExportedProgram, attention: Node) -> _Site | None:
             or any(user is not attention and user.op != "output" for user in write.users)
             or expected is None
             or len(indices) != 3
+            or indices[2] is None
             or len(shape_of(cache)) != 4
             or len(shape_of(values)) != 4
             or not all(map(_same, shape_of(values), expected))
