@@ -11,8 +11,8 @@
 // Requires  D >= 1   (checked by validate_add_rms_norm)
 // Grid      one group of threads per row: a warp (4 to a block) up to 2 vectors a lane, a block of
 //           up to 1024 threads above; rows beyond the grid's limit in strides
-// Bytes     reads x, residual and weight, writes sum and y; a single row is bound by latency: all
-//           three are asked for before the sum, and the first 2 vectors of a thread stay in
+// Bytes     reads x, residual and weight, writes sum and y; a single row is bound by latency: x,
+//           residual and a weight no wider are asked for at once, the first 2 vectors of a thread stay in
 //           registers; of longer rows a thread reads back what it has written itself
 // Numerics  the sum is rounded once and normed as rounded; fp32 sum of squares in the order of
 //           rms_norm.cu, 1 / sqrt correctly rounded, one rounding at the store: the bits of an
@@ -72,6 +72,8 @@ __device__ __forceinline__ Elems<X, kVec> added(const Elems<X, kVec>& a, const E
 template <typename X, typename W, int kVec>
 __global__ void __launch_bounds__(kMaxThreads) add_rms_norm_kernel(AddRmsNormKernelArgs p) {
   using Vector = Elems<X, kVec>;
+  // Wider weights than x would spill: 64 registers for each of 1024 threads.
+  constexpr bool kWeightAhead = sizeof(Weight<W, kVec>) <= 16;
   __shared__ float warp_sums[2][32];
   griddepcontrol_wait();
   griddepcontrol_launch_dependents();
@@ -92,7 +94,7 @@ __global__ void __launch_bounds__(kMaxThreads) add_rms_norm_kernel(AddRmsNormKer
       if (v < n_vectors) {
         held[i] = x[v];
         other[i] = residual[v];
-        if (p.weight != nullptr) weight[i].load(p, v);
+        if (kWeightAhead && p.weight != nullptr) weight[i].load(p, v);
       }
     }
 
@@ -141,7 +143,9 @@ __global__ void __launch_bounds__(kMaxThreads) add_rms_norm_kernel(AddRmsNormKer
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
       const int64_t v = threadIdx.x + int64_t{i} * blockDim.x;
-      if (v < n_vectors) write(v, held[i], weight[i]);
+      if (v >= n_vectors) continue;
+      if (!kWeightAhead && p.weight != nullptr) weight[i].load(p, v);
+      write(v, held[i], weight[i]);
     }
     for (int64_t v = threadIdx.x + int64_t{kHeld} * blockDim.x; v < n_vectors; v += blockDim.x) {
       Weight<W, kVec> w;

@@ -37,7 +37,8 @@ __device__ __forceinline__ float rounded_to(float value) {
 }
 
 template <typename X, typename C>
-__global__ void __launch_bounds__(kThreads) rope_append_kernel(RopeAppendKernelArgs p) {
+__global__ void __launch_bounds__(kThreads)
+    rope_append_kernel(const __grid_constant__ RopeAppendKernelArgs p) {
   griddepcontrol_wait();
   griddepcontrol_launch_dependents();
   const int64_t half = p.D / 2, n_all = p.n_heads + 2 * p.n_kv_heads;
