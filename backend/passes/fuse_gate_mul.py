@@ -59,10 +59,10 @@ def _match(mul: Node) -> tuple[Node, str] | None:
             continue
         assert isinstance(gate, Node)
         split = gate.args[0]
-        if split is not up.args[0] or op_of(split) not in _SPLITS:
+        if split is not up.args[0] or not isinstance(split, Node) or op_of(split) not in _SPLITS:
             continue
-        gate_up = split.args[0]  # type: ignore[union-attr]
-        assert isinstance(split, Node) and isinstance(gate_up, Node)
+        gate_up = split.args[0]
+        assert isinstance(gate_up, Node)
         rank, (_, _, *dims) = len(shape_of(gate_up)), args_of(split)
         is_last = (dims[0] if dims else 0) in (-1, rank - 1)
         same = equal(shape_of(gate)[-1], shape_of(up)[-1]) and len(split.meta["val"]) == 2

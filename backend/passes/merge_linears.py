@@ -99,10 +99,11 @@ def _merge(program: ExportedProgram, linears: list[Node]) -> None:
         data = [constant_tensor(program, part).detach() for part in parts if part is not None]
         return add_constant(program, f"{name}.{label}", torch.cat(data, dim)) if data else None
 
-    weight = [
+    qdata, scale, zero_point, meta = (
         merged(label, [args.weight[index] for args in all_args], dim)
         for index, label in enumerate(_PARTS)
-    ]
+    )
+    assert qdata is not None and scale is not None
     bias = None
     if all_args[0].bias is not None:
         names = [constant_name(program, args.bias) for args in all_args if args.bias is not None]
@@ -112,7 +113,10 @@ def _merge(program: ExportedProgram, linears: list[Node]) -> None:
     out_features = None if all_args[0].out_features is None else sum(sizes)
     args = LinearArgs(
         all_args[0].x,
-        *weight,  # type: ignore[arg-type]
+        qdata,
+        scale,
+        zero_point,
+        meta,
         bias,
         all_args[0].group_size,
         all_args[0].layout_tag,
