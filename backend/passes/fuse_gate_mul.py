@@ -83,4 +83,4 @@ def _activation(node: Node) -> str | None:
 def _item(node: object) -> object:
     """Which part of a split a node is."""
     is_item = isinstance(node, Node) and op_of(node) is operator.getitem
-    return node.args[1] if is_item else None  # type: ignore[union-attr]
+    return node.args[1] if is_item else None  # type: ignore[attr-defined]
