@@ -245,6 +245,43 @@ def test_each_of_several_outputs(forge, op):
         assert f"cuda_int4::{name} on" in refusal(forge(Constant(f), edit))
 
 
+@pytest.mark.parametrize("i", [0, 1])
+def test_each_output_of_add_rms_norm(forge, i):
+    def edit(plan):
+        arguments(plan, "add_rms_norm")[-3 + i] = constant(plan)
+
+    path = forge(Constant(lambda y, c: nn.functional.rms_norm(y + c, (K,))), edit)
+    assert "cuda_int4::add_rms_norm on" in refusal(path)
+
+
+class Turned(models.Linear):
+    """Attention with caches; two query heads, one of keys and one of values, of 16."""
+
+    def __init__(self) -> None:
+        super().__init__(N=64)
+        for name in ("k_cache", "v_cache"):
+            self.register_buffer(name, torch.zeros(1, 1, 8, 16))
+        self.register_buffer("cos", torch.linspace(-1, 1, 64).view(8, 8))
+        self.register_buffer("sin", torch.linspace(1, 0, 64).view(8, 8))
+
+    def forward(self, x: Tensor, pos: Tensor) -> Tensor:
+        heads = self.proj(x[None]).view(1, -1, 4, 16).transpose(1, 2)
+        (a, b), cos, sin = heads[:, :3].chunk(2, -1), self.cos[pos], self.sin[pos]
+        turned = torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
+        k = self.k_cache.index_copy_(2, pos, turned[:, 2:])
+        v = self.v_cache.index_copy_(2, pos, heads[:, 3:])
+        return nn.functional.scaled_dot_product_attention(turned[:, :2], k, v, enable_gqa=True)
+
+
+@pytest.mark.parametrize("at", [0, 1, -2, -1])
+def test_what_rope_append_writes(forge, at):
+    def edit(plan):
+        arguments(plan, "rope_append")[at] = constant(plan)
+
+    path = forge(Turned(), edit, (rows(3), torch.arange(3)))
+    assert "cuda_int4::rope_append on" in refusal(path)
+
+
 def test_a_view_of_a_wider_dtype(forge):
     """Its end would lie behind the tensor's."""
 
