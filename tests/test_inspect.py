@@ -187,11 +187,11 @@ apart.ptd: expected a .pte, got its data file; inspect the .pte beside it
 changed.pte: expected an ExecuTorch program (.pte) or data file (.ptd), got a file that has b'a
     pr' at byte 4; export it again
 changed.pte: expected a .pte or .ptd file, got 40 bytes; it is truncated; export it again
-changed.pte: expected 8976 bytes, got 8908; it is truncated or damaged; export it again
-changed.pte: expected 8976 bytes, got 8975; it is truncated or damaged; export it again
-changed.pte: expected 8976 bytes, got 8977; it is truncated or damaged; export it again
-changed.pte: expected a seal over 8976 bytes with checksum 12b523d5, got one over 8976 with
-    3bdf964d; the file is truncated or damaged, export it again
+changed.pte: expected 9104 bytes, got 9036; it is truncated or damaged; export it again
+changed.pte: expected 9104 bytes, got 9103; it is truncated or damaged; export it again
+changed.pte: expected 9104 bytes, got 9105; it is truncated or damaged; export it again
+changed.pte: expected a seal over 9104 bytes with checksum 1f0701b6, got one over 9104 with
+    21aba574; the file is truncated or damaged, export it again
 changed.pte: expected a CudaInt4Backend delegate, got none; lower the model with
     CudaInt4Partitioner
 changed.pte: up.weight.qdata: expected 1024 bytes with checksum 0de41bb9, got 1024 bytes with

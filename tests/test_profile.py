@@ -27,9 +27,9 @@ def test_every_instruction_is_timed(llama):
     model.reset()
     profile = model.profile(*INPUTS, rounds=3)
     linears = [one.detail for one in profile.instructions if one.op == "cuda_int4::linear.out"]
-    assert "layers.0.wq.weight N=64 K=64 w4a16" in linears
+    assert "layers.0.wq+wk+wv.weight N=128 K=64 w4a16" in linears
     assert linears[-1] == "output.weight N=128 K=64 w4a16"
-    assert len(linears) == len(set(linears)) == 7 * 2 + 1
+    assert len(linears) == len(set(linears)) == 4 * 2 + 1
     assert all(one.us >= 0 for one in profile.instructions)
     assert 0 < profile.total_us < 1e6
     by_op = profile.by_op()
@@ -73,5 +73,9 @@ def test_the_event_tracer_of_executorch_sees_the_ops(llama, tmp_path):
     program.write_etdump_result_to_file(dump, str(tmp_path / "debug.bin"))
     events = [event for block in Inspector(etdump_path=dump).event_blocks for event in block.events]
     ours = {event.name for event in events if event.is_delegated_op}
-    assert {"cuda_int4::linear.out", "cuda_int4::attention.out", "cuda_int4::index_put_"} <= ours
+    assert {
+        "cuda_int4::linear.out",
+        "cuda_int4::attention.out",
+        "cuda_int4::rope_append.out",
+    } <= ours
     assert all(event.perf_data.raw[0] >= 0 for event in events if event.is_delegated_op)
