@@ -20,8 +20,8 @@ import itertools
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TextIO
+from dataclasses import dataclass, field
+from typing import Any, TextIO
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +51,7 @@ ROTATE_L2S = 4.2
 GRAPH_S = 5e-4
 TINYGEMM_MAX_ROWS = 256  # beyond, a call takes tens of milliseconds
 TINYGEMM_INNER_K_TILES = 8
+CUSPARSELT_ALGORITHMS = 40  # more than there are: the search skips what is refused
 BUSY_CYCLES = 60_000  # about 30 us: longer than the launch of a graph
 
 
@@ -62,6 +63,13 @@ class Weight:
     scale: Tensor  # float16, and exact in bfloat16
     zero_point: Tensor | None  # whole numbers; None: 8
     group_size: int
+    copies: dict[str, list[Any]] = field(default_factory=dict)  # by kernel, in its own order
+
+    def copies_of(self, name: str, make: Callable[[], list[Any]]) -> list[Any]:
+        """The copies in the order of that kernel, packed once for all numbers of rows."""
+        if name not in self.copies:
+            self.copies[name] = make()
+        return self.copies[name]
 
     def dequantize(self) -> Tensor:
         """The definition, in float64."""
@@ -115,15 +123,22 @@ class Candidate:
         self.error = max(errors)
         return all(error <= self.tolerance for error in errors)
 
-    def capture(self) -> None:
-        """Record the graph: whole rounds over the copies, about GRAPH_S long or one round."""
-        round_s = best_time_s(lambda: [self.call(i) for i in range(self.n_copies)], 2)
-        self.n_calls = self.n_copies * max(1, round(GRAPH_S / round_s))
+    def capture(self, rounds: int = 0) -> None:
+        """Record the graph: whole rounds over the copies, about GRAPH_S long if none are given."""
+        if not rounds:
+            round_s = best_time_s(lambda: [self.call(i) for i in range(self.n_copies)], 2)
+            rounds = max(1, round(GRAPH_S / round_s))
+        self.n_calls = self.n_copies * rounds
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for i in range(self.n_calls):
                 self.call(i % self.n_copies)
         self.graph = graph
+
+    def replay_s(self) -> float:
+        """Seconds of the quickest of a few replays."""
+        assert self.graph is not None
+        return best_time_s(self.graph.replay, 4)
 
 
 def copies_for(nbytes: int, rotate_bytes: int) -> int:
@@ -144,6 +159,19 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
     return float((found.double() - exact).norm() / exact.norm())
 
 
+def packed_copies(layout_tag: str, weight: Weight, rotate_bytes: int) -> list[list[Tensor | None]]:
+    """Qdata, scale, zero point and metadata in that layout, copied."""
+    qdata = weight.codes[:, ::2] | (weight.codes[:, 1::2] << 4)
+    canonical = CanonicalInt4(qdata, weight.scale, weight.zero_point, weight.group_size)
+    packed = TENSORS[layout_tag].from_int4(canonical)
+    parts = [getattr(packed, name, None) for name in ("qdata", "scale", "zero_point", "meta")]
+    nbytes = sum(part.nbytes for part in parts if part is not None)
+    return [
+        [None if part is None else part.clone() for part in parts]
+        for _ in range(copies_for(nbytes, rotate_bytes))
+    ]
+
+
 def ours(name: str, x: Tensor, weight: Weight, dense: Tensor, rotate_bytes: int) -> Candidate:
     """The linear of a ``.pte`` through ctypes; arguments, scratch and output made once.
 
@@ -151,13 +179,9 @@ def ours(name: str, x: Tensor, weight: Weight, dense: Tensor, rotate_bytes: int)
     """
     library = _native.library()
     layout_tag, activation = OURS[name]
-    qdata = weight.codes[:, ::2] | (weight.codes[:, 1::2] << 4)
-    canonical = CanonicalInt4(qdata, weight.scale, weight.zero_point, weight.group_size)
-    packed = TENSORS[layout_tag].from_int4(canonical)
-    names = ("qdata", "scale", "zero_point", "meta")
-    parts = {name: getattr(packed, name, None) for name in names}
-    nbytes = sum(part.nbytes for part in parts.values() if part is not None)
-    N = qdata.shape[0]
+    copies = weight.copies_of(layout_tag, lambda: packed_copies(layout_tag, weight, rotate_bytes))
+    nbytes = sum(part.nbytes for part in copies[0] if part is not None)
+    N = weight.codes.shape[0]
     y = torch.full((x.shape[0], N), float("nan"), dtype=x.dtype, device="cuda")
     quantized = torch.empty(0, dtype=torch.uint8, device="cuda")
     moved = nbytes + x.nbytes + y.nbytes
@@ -171,23 +195,22 @@ def ours(name: str, x: Tensor, weight: Weight, dense: Tensor, rotate_bytes: int)
         moved += needed - x.nbytes
     scratch = torch.empty(0, dtype=torch.uint8, device="cuda")
     calls = []
-    for _ in range(copies_for(nbytes, rotate_bytes)):
-        copy = [None if part is None else part.clone() for part in parts.values()]
+    for copy in copies:
         tensors = (x, *copy, None, y)
         args = _native.LinearArgs(
             *map(_native.tensor_view, tensors), weight.group_size, layout_tag.encode(),
             activation.encode(), b"bench", N,
         )  # fmt: skip
-        calls.append((args, copy))
+        calls.append(args)
     size = _native.c_uint64()
-    _native.check(library.linear_scratch_bytes(calls[0][0], _native.DEVICE_CUDA, size))
+    _native.check(library.linear_scratch_bytes(calls[0], _native.DEVICE_CUDA, size))
     if size.value:
         scratch = torch.empty(size.value, dtype=torch.uint8, device="cuda")
 
     def call(i: int) -> Tensor:
         stream = torch.cuda.current_stream().cuda_stream
         code = library.linear_of_constants(
-            calls[i][0], stream, scratch.data_ptr() or None, scratch.nbytes,
+            calls[i], stream, scratch.data_ptr() or None, scratch.nbytes,
             quantized.data_ptr() or None,
         )  # fmt: skip
         _native.check(code)
@@ -206,45 +229,80 @@ def ours(name: str, x: Tensor, weight: Weight, dense: Tensor, rotate_bytes: int)
     )  # fmt: skip
 
 
-def cublas(x: Tensor, dense: Tensor, rotate_bytes: int) -> Candidate:
+def cublas(x: Tensor, weight: Weight, dense: Tensor, rotate_bytes: int) -> Candidate:
     """F.linear in float16."""
-    x, weight = x.half(), dense.half()
-    copies = [weight.clone() for _ in range(copies_for(weight.nbytes, rotate_bytes))]
-    moved = weight.nbytes + x.nbytes + x.shape[0] * weight.shape[0] * 2
-    exact = x.double() @ weight.double().T
-    return Candidate(
-        "cublas_fp16", None, None, lambda i: F.linear(x, copies[i]), len(copies), moved, exact, 2e-3
+    copies = weight.copies_of(
+        "cublas_fp16", lambda: clones([dense.half()], dense.numel() * 2, rotate_bytes)
     )
+    x = x.half()
+    moved = copies[0][0].nbytes + x.nbytes + x.shape[0] * dense.shape[0] * 2
+    exact = x.double() @ copies[0][0].double().T
+    return Candidate(
+        "cublas_fp16", None, None, lambda i: F.linear(x, copies[i][0]), len(copies), moved, exact,
+        2e-3,
+    )  # fmt: skip
 
 
-def cusparselt(x: Tensor, dense: Tensor, rotate_bytes: int) -> Candidate:
-    """A 2:4 product in float16 by cuSPARSELt's quickest algorithm, x padded to 16 rows before."""
-    weight = dense.half()
-    exact = x.double() @ weight.double().T
-    packed = torch.sparse.to_sparse_semi_structured(weight).packed
-    copies = [packed.clone() for _ in range(copies_for(packed.nbytes, rotate_bytes))]
+def clones(parts: Sequence[Tensor], nbytes: int, rotate_bytes: int) -> list[list[Tensor]]:
+    """Copies of the parts, which together have ``nbytes``."""
+    return [[part.clone() for part in parts] for _ in range(copies_for(nbytes, rotate_bytes))]
+
+
+def cusparselt(x: Tensor, weight: Weight, dense: Tensor, rotate_bytes: int) -> Candidate:
+    """A 2:4 product in float16 by the quickest of cuSPARSELt's algorithms, in a graph as timed.
+
+    x is padded to 16 rows before. cuSPARSELt's own search is not used: it times calls one by one
+    with the weight in the L2.
+    """
+
+    def compress() -> list[list[Tensor]]:
+        packed = torch.sparse.to_sparse_semi_structured(dense.half()).packed
+        return clones([packed], packed.nbytes, rotate_bytes)
+
+    copies = weight.copies_of("cusparselt_fp16", compress)
     M = x.shape[0]
     padded = F.pad(x.half(), (0, 0, 0, -M % 16)).T
-    algorithm = torch._cslt_sparse_mm_search(packed, padded, transpose_result=True)
+    exact = x.half().double() @ dense.half().double().T
+    moved = copies[0][0].nbytes + padded.nbytes + padded.shape[1] * dense.shape[0] * 2
 
-    def call(i: int) -> Tensor:
-        y = torch._cslt_sparse_mm(copies[i], padded, transpose_result=True, alg_id=algorithm)
-        return y[:M]
+    def with_algorithm(algorithm: int, transposed: bool) -> Candidate:
+        def call(i: int) -> Tensor:
+            y = torch._cslt_sparse_mm(
+                copies[i][0], padded, transpose_result=transposed, alg_id=algorithm
+            )
+            return y[:M] if transposed else y.T[:M]
 
-    moved = packed.nbytes + padded.nbytes + padded.shape[1] * weight.shape[0] * 2
-    return Candidate("cusparselt_fp16", None, None, call, len(copies), moved, exact, 2e-3)
+        return Candidate("cusparselt_fp16", None, None, call, len(copies), moved, exact, 2e-3)
+
+    found: list[tuple[float, int, bool]] = []
+    for algorithm, transposed in itertools.product(range(CUSPARSELT_ALGORITHMS), (True, False)):
+        candidate = with_algorithm(algorithm, transposed)
+        try:
+            candidate.call(0)
+        except RuntimeError:  # there is no such algorithm, or not for this shape
+            continue
+        candidate.capture(rounds=1)
+        found.append((candidate.replay_s(), algorithm, transposed))
+    if not found:
+        raise RuntimeError(f"bench: cuSPARSELt has no algorithm for {tuple(dense.shape)}, M={M}")
+    return with_algorithm(*min(found)[1:])
 
 
 def tinygemm(x: Tensor, weight: Weight, dense: Tensor, rotate_bytes: int) -> Candidate:
     """``_weight_int4pack_mm``: bfloat16, w = (q - 8) * scale + zero."""
-    packed = torch.ops.aten._convert_weight_to_int4pack(
-        (weight.codes[:, ::2] << 4) | weight.codes[:, 1::2], TINYGEMM_INNER_K_TILES
-    )
-    zero = torch.zeros_like(weight.scale) if weight.zero_point is None else 8 - weight.zero_point
-    scale_and_zero = torch.stack([weight.scale, zero * weight.scale], -1).transpose(0, 1)
-    parts = (packed, scale_and_zero.bfloat16().contiguous())
-    nbytes = sum(part.nbytes for part in parts)
-    copies = [[p.clone() for p in parts] for _ in range(copies_for(nbytes, rotate_bytes))]
+
+    def pack() -> list[list[Tensor]]:
+        packed = torch.ops.aten._convert_weight_to_int4pack(
+            (weight.codes[:, ::2] << 4) | weight.codes[:, 1::2], TINYGEMM_INNER_K_TILES
+        )
+        scale, zero = weight.scale, torch.zeros_like(weight.scale)
+        if weight.zero_point is not None:
+            zero = (8 - weight.zero_point) * scale
+        parts = [packed, torch.stack([scale, zero], -1).transpose(0, 1).bfloat16().contiguous()]
+        return clones(parts, sum(part.nbytes for part in parts), rotate_bytes)
+
+    copies = weight.copies_of("tinygemm", pack)
+    nbytes = sum(part.nbytes for part in copies[0])
     x = x.bfloat16()
 
     def call(i: int) -> Tensor:
@@ -266,12 +324,16 @@ def gemlite(x: Tensor, weight: Weight, dense: Tensor, rotate_bytes: int) -> Cand
     zero = weight.zero_point
     zero = torch.full_like(weight.scale, 8) if zero is None else zero
     nbytes = weight.codes.numel() // 2 + weight.scale.nbytes + zero.nbytes
-    layers = [
-        A16W4_HQQ_INT(device="cuda:0", dtype=torch.float16).from_weights(
-            weight.codes.clone(), weight.scale.clone(), zero.clone()
-        )
-        for _ in range(copies_for(nbytes, rotate_bytes))
-    ]
+
+    def pack() -> list[Any]:
+        return [
+            A16W4_HQQ_INT(device="cuda:0", dtype=torch.float16).from_weights(
+                weight.codes.clone(), weight.scale.clone(), zero.clone()
+            )
+            for _ in range(copies_for(nbytes, rotate_bytes))
+        ]
+
+    layers = weight.copies_of("gemlite", pack)
     x = x.half()
     moved = nbytes + x.nbytes + x.shape[0] * weight.codes.shape[0] * 2
     exact = x.double() @ dense.T
@@ -408,9 +470,9 @@ def run(options: argparse.Namespace, out: TextIO) -> bool:
         if "marlin24" in kernels:
             candidates += [ours("marlin24", x, half, d, rotate_bytes) for half, d in sparse]
         if "cublas_fp16" in kernels:
-            candidates.append(cublas(x, weights[-1][1], rotate_bytes))
+            candidates.append(cublas(x, *weights[-1], rotate_bytes))
         if "cusparselt_fp16" in kernels and sparse:
-            candidates.append(cusparselt(x, sparse[-1][1], rotate_bytes))
+            candidates.append(cusparselt(x, *sparse[-1], rotate_bytes))
         right = [candidate.is_right() for candidate in candidates]
         timed = [c for c, is_right in zip(candidates, right, strict=True) if is_right]
         for candidate in timed:
