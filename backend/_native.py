@@ -289,6 +289,19 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
         c_int32,
         [c_void_p, c_char_p, POINTER(TensorView), c_uint64, c_int32, POINTER(c_char_p)],
     ),
+    "model_time_part": (
+        c_int32,
+        [
+            c_void_p,
+            c_char_p,
+            POINTER(TensorView),
+            c_uint64,
+            c_char_p,
+            c_uint64,
+            c_int32,
+            POINTER(c_double),
+        ],
+    ),  # fmt: skip
     "model_device_use": (c_int32, [c_void_p, POINTER(DeviceUse)]),
     "model_close": (None, [c_void_p]),
     "model_forward": (

@@ -16,7 +16,7 @@ import ctypes
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -179,6 +179,41 @@ class Model:
             lines = [line.split("\t") for line in (text.value or b"").decode().splitlines()]
         (total, _, _), *rest = lines
         return Profile(float(total), tuple(OpTime(op, what, float(us)) for us, op, what in rest))
+
+    def time_part(
+        self,
+        *inputs: torch.Tensor | int | float | bool,
+        kept: Sequence[bool],
+        method: str = "forward",
+        rounds: int = 10,
+    ) -> float:
+        """Microseconds that one call would take without some of its instructions, on a GPU.
+
+        The call is recorded as a CUDA graph without them and launched several times in a row. What
+        a call costs less without an instruction is what the instruction costs where it stands, with
+        whatever it overlaps; timestamps between instructions would end that overlap.
+
+        Args:
+            inputs: as of :meth:`run`.
+            kept: whether to keep it, for each of ``profile().instructions``.
+            method: which.
+            rounds: the median of so many.
+
+        Caches hold anything afterwards: :meth:`reset` them.
+
+        Raises:
+            CudaInt4Error: as :meth:`run`; or it does not run on a GPU.
+        """
+        views, _alive = _input_views(method, inputs)
+        us = ctypes.c_double()
+        with self._lock:
+            check(
+                library().model_time_part(
+                    self.handle, method.encode(), views, len(views), bytes(map(bool, kept)),
+                    len(kept), rounds, ctypes.byref(us),
+                )
+            )  # fmt: skip
+        return us.value
 
     def _output(self, index: int) -> torch.Tensor:
         view = TensorView()

@@ -79,3 +79,21 @@ def test_the_event_tracer_of_executorch_sees_the_ops(llama, tmp_path):
         "cuda_int4::rope_append.out",
     } <= ours
     assert all(event.perf_data.raw[0] >= 0 for event in events if event.is_delegated_op)
+
+
+def test_a_part_is_timed_on_a_gpu_alone(llama):
+    model = cuda_int4.load(llama, device="cpu")
+    n = len(model.profile(*INPUTS, rounds=1).instructions)
+    with pytest.raises(
+        CudaInt4Error, match="time_part: expected a GPU, .* got cpu; ask for a prof"
+    ):
+        model.time_part(*INPUTS, kept=[True] * n)
+    with pytest.raises(
+        CudaInt4Error, match=rf"one entry for each of {n} instructions, got 3; take"
+    ):
+        model.time_part(*INPUTS, kept=[True] * 3)
+    with pytest.raises(CudaInt4Error, match="time_part: expected 1 round or more, got 0"):
+        model.time_part(*INPUTS, kept=[True] * n, rounds=0)
+    with pytest.raises(CudaInt4Error, match='one of this model\'s methods, got "backward"'):
+        model.time_part(*INPUTS, kept=[True] * n, method="backward")
+    assert model.forward(*INPUTS)  # it runs as before

@@ -113,6 +113,14 @@ CUDA_INT4_API int32_t cuda_int4_model_profile(cuda_int4_model* model, const char
                                               const cuda_int4::TensorView* inputs,
                                               uint64_t n_inputs, int32_t rounds, const char** text);
 
+// *us: how long one call of `method` would take on its GPU without the instructions for which `kept`
+// is 0, one entry for each that cuda_int4_model_profile lists, as the median of `rounds` runs
+// (Model::time_part in model.h). Caches and outputs may hold anything afterwards.
+CUDA_INT4_API int32_t cuda_int4_model_time_part(cuda_int4_model* model, const char* method,
+                                                const cuda_int4::TensorView* inputs,
+                                                uint64_t n_inputs, const uint8_t* kept,
+                                                uint64_t n_kept, int32_t rounds, double* us);
+
 // What a model has done on its device so far: device_use.h.
 struct cuda_int4_device_use {
   char device[32];

@@ -103,3 +103,13 @@ int32_t cuda_int4_model_profile(cuda_int4_model* model, const char* method,
     return Error::Ok;
   });
 }
+
+int32_t cuda_int4_model_time_part(cuda_int4_model* model, const char* method,
+                                  const TensorView* inputs, uint64_t n_inputs, const uint8_t* kept,
+                                  uint64_t n_kept, int32_t rounds, double* us) {
+  return guarded([&]() -> Error {
+    const Error error = check_handle(model);
+    if (error != Error::Ok) return error;
+    return model->model->time_part(method, inputs, n_inputs, kept, n_kept, rounds, us);
+  });
+}

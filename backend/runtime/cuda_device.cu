@@ -121,6 +121,7 @@ class CudaDevice final : public Device {
     const DeviceScope scope(*this);
     if (owns_stream_) cudaStreamDestroy(stream_);
     if (capture_stream_ != nullptr) cudaStreamDestroy(capture_stream_);
+    if (left_out_stream_ != nullptr) cudaStreamDestroy(left_out_stream_);
     for (cudaEvent_t mark : marks_)
       if (mark != nullptr) cudaEventDestroy(mark);
     cudaGetLastError();
@@ -254,7 +255,10 @@ class CudaDevice final : public Device {
   }
 
   bool reads_host_memory() const override { return false; }
-  void* stream() const override { return capturing_ ? capture_stream_ : stream_; }
+  void* stream() const override {
+    if (leaving_out_) return left_out_stream_;
+    return capturing_ ? capture_stream_ : stream_;
+  }
 
   // Captured on a stream of its own: the caller's may be one that cannot be captured.
   bool begin_capture() override {
@@ -274,12 +278,33 @@ class CudaDevice final : public Device {
     capturing_ = false;
     cudaGraph_t graph = nullptr;
     cudaGraphExec_t exec = nullptr;
+    if (has_left_out_) {
+      cudaStreamEndCapture(left_out_stream_, &graph);
+      if (graph != nullptr) cudaGraphDestroy(graph);
+      graph = nullptr;
+    }
+    leaving_out_ = has_left_out_ = false;
     bool recorded = cudaStreamEndCapture(capture_stream_, &graph) == cudaSuccess;
     recorded = recorded && cudaGraphInstantiate(&exec, graph, 0) == cudaSuccess;
     if (graph != nullptr) cudaGraphDestroy(graph);
     cudaGetLastError();
     if (!recorded) return nullptr;
     return std::make_unique<CudaGraph>(exec);
+  }
+  // Recorded on a stream of its own, in a graph that is thrown away: the ops run as always on the
+  // host and none of them has to know.
+  void leave_out(bool on) override {
+    const DeviceScope scope(*this);
+    if (on && capturing_ && !has_left_out_) {
+      if (left_out_stream_ == nullptr &&
+          cudaStreamCreateWithFlags(&left_out_stream_, cudaStreamNonBlocking) != cudaSuccess)
+        left_out_stream_ = nullptr;
+      has_left_out_ =
+          left_out_stream_ != nullptr &&
+          cudaStreamBeginCapture(left_out_stream_, cudaStreamCaptureModeThreadLocal) == cudaSuccess;
+      cudaGetLastError();
+    }
+    leaving_out_ = on && has_left_out_;
   }
   Error launch(DeviceGraph& graph) override {
     const DeviceScope scope(*this);
@@ -340,8 +365,11 @@ class CudaDevice final : public Device {
   std::string name_;
   cudaStream_t stream_ = nullptr;
   cudaStream_t capture_stream_ = nullptr;
+  cudaStream_t left_out_stream_ = nullptr;  // captured for nothing
   bool owns_stream_ = false;
   bool capturing_ = false;
+  bool has_left_out_ = false;  // left_out_stream_ is being captured
+  bool leaving_out_ = false;
   std::vector<cudaEvent_t> marks_;
   std::unordered_map<void*, size_t> sizes_;  // of what is allocated
 };

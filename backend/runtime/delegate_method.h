@@ -59,6 +59,13 @@ class DelegateMethod {
                                      executorch::runtime::EventTracer* tracer = nullptr);
   /// The calls from now on are timed by running each `rounds` times; 0: no more.
   void set_profiling(int rounds) { profile_rounds_ = rounds; }
+  /// The calls from now on are timed whole, `rounds` times, without the instructions for which
+  /// `kept`, one entry for each, is 0; they give no results. nullptr: no more. On a GPU only.
+  void set_timing_part(const uint8_t* kept, int rounds) {
+    kept_ = kept;
+    profile_rounds_ = kept == nullptr ? 0 : rounds;
+  }
+  size_t n_instructions() const { return operators_.size(); }
   /// Of the latest call that was timed.
   const Profile& profile() const { return profile_; }
   executorch::runtime::Error reset();
@@ -110,6 +117,7 @@ class DelegateMethod {
   void describe_instructions();
   void report_times(executorch::runtime::EventTracer* tracer, uint64_t start_ticks);
   executorch::runtime::Error take_profile(Args inputs, Args outputs);
+  executorch::runtime::Error time_part(Args inputs, Args outputs);
   executorch::runtime::Error profile_round(DeviceGraph* graph, Args inputs, Args outputs);
   executorch::runtime::Error execute_in_place(Args inputs, Args outputs);
   executorch::runtime::Error bind_output(size_t i, executorch::runtime::EValue& value);
@@ -148,6 +156,8 @@ class DelegateMethod {
   bool marking_ = false;                // instructions leave marks on device_
   bool in_range_ = false;
   int profile_rounds_ = 0;
+  const uint8_t* kept_ = nullptr;  // set_timing_part
+  bool leaving_out_ = false;       // the instructions that kept_ does not keep
   Profile profile_;
   // On a device that does not read host memory:
   std::unique_ptr<SharedActivation> shared_activation_;

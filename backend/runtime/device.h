@@ -88,6 +88,8 @@ class Device {
   virtual bool begin_capture() { return false; }
   /// nullptr if something in between could not be recorded.
   virtual std::unique_ptr<DeviceGraph> end_capture() { return nullptr; }
+  /// While capturing: what follows is left out of the record, or is part of it again.
+  virtual void leave_out(bool) {}
   virtual executorch::runtime::Error launch(DeviceGraph&) {
     return executorch::runtime::Error::NotSupported;
   }

@@ -38,6 +38,8 @@ SharedActivation* current_shared_activation() { return shared_activation; }
 
 void set_current_instruction(uint32_t index) { current.op_index = index; }
 
+void set_current_stream(void* stream) { current.stream = stream; }
+
 const ExecutionContext& current_execution() { return current; }
 
 Error give_scratch(KernelRuntimeContext& context, uint64_t nbytes, ExecutionContext* execution) {

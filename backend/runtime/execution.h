@@ -30,6 +30,9 @@ class ExecutionScope {
 /// The instruction of the nested method that runs from now on.
 void set_current_instruction(uint32_t index);
 
+/// The stream (cudaStream_t) that kernels queue on from now on.
+void set_current_stream(void* stream);
+
 /// Outside a scope: the CPU and its thread pool.
 const ExecutionContext& current_execution();
 /// nullptr where there is none.

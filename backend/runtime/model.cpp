@@ -192,6 +192,33 @@ Error Model::profile(const char* method, const TensorView* inputs, size_t n_inpu
   return error;
 }
 
+Error Model::time_part(const char* method, const TensorView* inputs, size_t n_inputs,
+                       const uint8_t* kept, size_t n_kept, int rounds, double* us) {
+  if (rounds < 1 || us == nullptr)
+    return fail(Error::InvalidArgument, "time_part: expected 1 round or more, got %d", rounds);
+  ModelMethod* found = impl_->find(method);
+  if (found == nullptr) return forward(method, inputs, n_inputs, nullptr);  // the error
+  size_t n = 0;
+  for (DelegateMethod* delegate : found->delegates()) n += delegate->n_instructions();
+  if (n != n_kept || kept == nullptr)
+    return fail(Error::InvalidArgument,
+                "time_part: expected one entry for each of %zu instructions, got %zu; take their "
+                "number from a profile",
+                n, kept == nullptr ? 0 : n_kept);
+  for (DelegateMethod* delegate : found->delegates()) {
+    delegate->set_timing_part(kept, rounds);
+    kept += delegate->n_instructions();
+  }
+  const Error error = forward(method, inputs, n_inputs, nullptr);
+  *us = 0;
+  for (DelegateMethod* delegate : found->delegates()) {
+    delegate->set_timing_part(nullptr, 0);
+    *us += delegate->profile().total_us;
+  }
+  impl_->latest = nullptr;  // its outputs are of no call
+  return error;
+}
+
 Error Model::reset() {
   impl_->latest = nullptr;
   for (const auto& method : impl_->methods) {

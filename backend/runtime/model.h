@@ -78,6 +78,13 @@ class CUDA_INT4_EXPORT Model {
   executorch::runtime::Error profile(const char* method, const TensorView* inputs, size_t n_inputs,
                                      int rounds, Profile* out);
 
+  /// *us: how long the delegates of `method` would run without the instructions (profile's, in its
+  /// order) for which `kept` is 0; a median of `rounds`. What they write may be anything afterwards.
+  /// NotSupported: not on a GPU, or it cannot be recorded as a CUDA graph.
+  executorch::runtime::Error time_part(const char* method, const TensorView* inputs,
+                                       size_t n_inputs, const uint8_t* kept, size_t n_kept,
+                                       int rounds, double* us);
+
   /// Zeroes every mutable buffer (KV caches): a new conversation.
   executorch::runtime::Error reset();
 
