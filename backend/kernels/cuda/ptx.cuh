@@ -390,6 +390,26 @@ __device__ __forceinline__ void store_cluster(uint32_t address, float4 value) {
                : "memory");
 }
 
+__device__ __forceinline__ void store_cluster(uint32_t address, uint32_t value) {
+  asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ void store_cluster(uint32_t address, uint64_t value) {
+  asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(address), "l"(value) : "memory");
+}
+
+__device__ __forceinline__ uint32_t load_cluster_u32(uint32_t address) {
+  uint32_t value;
+  asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ uint64_t load_cluster_u64(uint32_t address) {
+  uint64_t value;
+  asm volatile("ld.shared::cluster.u64 %0, [%1];" : "=l"(value) : "r"(address) : "memory");
+  return value;
+}
+
 // The same, counted by the mbarrier at `barrier` in the block that it is stored to: whoever waits there
 // for these bytes sees them.
 __device__ __forceinline__ void store_async(uint32_t address, float value, uint32_t barrier) {
@@ -439,14 +459,20 @@ __device__ __forceinline__ void st_release_gpu(uint64_t* pointer, uint64_t value
 
 // ---- warpgroup instructions (sm_90a) ----
 
+// Built with CUDA_INT4_COMPUTE_SANITIZER, registers stay as launched: compute-sanitizer's code needs some of its own,
+// and where a warp has given them back, racecheck ends in "failed to handle a hardware exception".
 template <int kRegisters>
 __device__ __forceinline__ void setmaxnreg_inc() {
+#ifndef CUDA_INT4_COMPUTE_SANITIZER
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+#endif
 }
 
 template <int kRegisters>
 __device__ __forceinline__ void setmaxnreg_dec() {
+#ifndef CUDA_INT4_COMPUTE_SANITIZER
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+#endif
 }
 
 __device__ __forceinline__ void wgmma_fence() {
