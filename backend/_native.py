@@ -174,9 +174,12 @@ class RopeAppendArgs(ctypes.Structure):
         ("cos", TensorView),
         ("sin", TensorView),
         ("input_pos", TensorView),
+        ("q_norm", TensorView),
+        ("k_norm", TensorView),
         ("q", TensorView),
         ("n_heads", c_int64),
         ("interleaved", ctypes.c_bool),
+        ("eps", c_double),
     ]
 
 

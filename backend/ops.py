@@ -16,8 +16,8 @@ and the fusions that passes make of several ops (kernels/ops.h has their arithme
 
     add_rms_norm  sum = x + residual and rms_norm(sum): the pair of them
     gate_mul      f(gate) * up of [gate, up] in one tensor [..., 2 * N]
-    rope_append   turns q and k of [q, k, v] in one tensor, writes k and v into their caches (which
-                  it changes), gives q [B, Hq, S, D]
+    rope_append   norms and turns q and k of [q, k, v] in one tensor, writes k and v into their
+                  caches (which it changes), gives q [B, Hq, S, D]; of [q, k], k is v too
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _SCHEMAS = {
     "add_rms_norm": "Tensor x, Tensor residual, Tensor? weight, float eps",
     "gate_mul": "Tensor gate_up, str activation",
     "rope_append": "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor qkv, Tensor cos, Tensor sin, "
-    "Tensor input_pos, int n_heads, bool interleaved",
+    "Tensor input_pos, Tensor? q_norm, Tensor? k_norm, int n_heads, bool interleaved, float eps",
 }
 # The results of an op that has several; others have one, called ``out``.
 _OUTPUTS = {"add_rms_norm": ("sum", "y")}
@@ -53,7 +53,16 @@ _TENSOR_ARGS = {
     "silu": ("x",),
     "add_rms_norm": ("x", "residual", "weight"),
     "gate_mul": ("gate_up",),
-    "rope_append": ("k_cache", "v_cache", "qkv", "cos", "sin", "input_pos"),
+    "rope_append": (
+        "k_cache",
+        "v_cache",
+        "qkv",
+        "cos",
+        "sin",
+        "input_pos",
+        "q_norm",
+        "k_norm",
+    ),
 }
 _OTHER_ARGS = {
     "linear": ("group_size", "layout_tag", "activation", "out_features"),
@@ -62,7 +71,7 @@ _OTHER_ARGS = {
     "silu": (),
     "add_rms_norm": ("eps",),
     "gate_mul": ("activation",),
-    "rope_append": ("n_heads", "interleaved"),
+    "rope_append": ("n_heads", "interleaved", "eps"),
 }
 _STRUCTS = {
     "linear": _native.LinearArgs,
@@ -101,6 +110,10 @@ def _linear_shape(
     return [*x.shape[:-1], out_features]
 
 
+def _turned_shape(k_cache: Tensor, qkv: Tensor, n_heads: int) -> list:
+    return [qkv.shape[0], n_heads, qkv.shape[1], k_cache.shape[3]]
+
+
 _OUT_SHAPES: dict[str, Callable[..., list]] = {
     "linear": _linear_shape,
     "attention": lambda q, *_: list(q.shape),
@@ -108,12 +121,7 @@ _OUT_SHAPES: dict[str, Callable[..., list]] = {
     "silu": lambda x: list(x.shape),
     "add_rms_norm": lambda x, *_: list(x.shape),
     "gate_mul": lambda x, _: [*x.shape[:-1], x.shape[-1] // 2],
-    "rope_append": lambda k_cache, _v, qkv, _cos, _sin, _pos, n_heads, _interleaved: [
-        qkv.shape[0],
-        n_heads,
-        qkv.shape[1],
-        k_cache.shape[3],
-    ],
+    "rope_append": lambda *args: _turned_shape(args[0], args[2], args[8]),
 }
 
 

@@ -128,16 +128,20 @@ def rope_append(
     cos: Tensor,
     sin: Tensor,
     input_pos: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
     n_heads: int,
     interleaved: bool,
+    eps: float = 1e-5,
+    isa: str = "scalar",
 ) -> Tensor:
-    """Output of cuda_int4::rope_append, which has one CPU kernel; the caches are written."""
+    """Output of cuda_int4::rope_append; the caches are written."""
     shape = (qkv.shape[0], n_heads, qkv.shape[1], k_cache.shape[3])
     q, guard = poisoned(shape, qkv.dtype)
-    tensors = (k_cache, v_cache, qkv, cos, sin, input_pos, q)
+    tensors = (k_cache, v_cache, qkv, cos, sin, input_pos, q_norm, k_norm, q)
     views = [_native.tensor_view(t) for t in tensors]
-    args = _native.RopeAppendArgs(*views, n_heads, interleaved)
-    return finish("rope_append", args, "scalar", q, guard)
+    args = _native.RopeAppendArgs(*views, n_heads, interleaved, eps)
+    return finish("rope_append", args, isa, q, guard)
 
 
 def relative_error(found: Tensor, exact: Tensor) -> float:

@@ -94,15 +94,47 @@ def test_rope_append(dtype, float_tables, interleaved, whole, pos_dtype):
     places = torch.tensor([5, 0, T - 1])
     expected[0].index_copy_(2, places, turned(k, cos, sin, interleaved))
     expected[1].index_copy_(2, places, v)
-    found = kernel_calls.rope_append(*caches, qkv, cos, sin, input_pos, Hq, interleaved)
+    operands = (qkv, cos, sin, input_pos, None, None)
+    found = kernel_calls.rope_append(*caches, *operands, Hq, interleaved)
     assert torch.equal(found, turned(q, cos, sin, interleaved))
+    assert torch.equal(caches, expected)
+
+
+@DTYPES
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("values_are_keys", [False, True])
+@pytest.mark.parametrize("normed", [(True, True), (True, False), (False, True)])
+def test_rope_append_with_norms_of_heads(dtype, isa, values_are_keys, normed):
+    B, S, Hq, Hkv, T, D = 2, 3, 4, 2, 7, 34
+    n_kv = 1 if values_are_keys else 2
+    qkv = 3 * normal(B, S, (Hq + n_kv * Hkv) * D, dtype=dtype)
+    cos, sin = normal(2, S, D, dtype=dtype)
+    q_norm, k_norm = (
+        w if is_normed else None
+        for w, is_normed in zip((normal(D), normal(D + 1)[:D].to(dtype)), normed, strict=True)
+    )
+    input_pos = torch.tensor([5, 0, 6])
+    caches = normal(2, B, Hkv, T, D, dtype=dtype)
+    heads = qkv.view(B, S, -1, D).transpose(1, 2)
+    q, k, v = heads[:, :Hq], heads[:, Hq : Hq + Hkv], heads[:, -Hkv:]
+
+    def norm(x, weight):
+        return x if weight is None else kernel_calls.rms_norm(x.contiguous(), weight, 1e-3, isa)
+
+    expected = caches.clone()
+    expected[0].index_copy_(2, input_pos, turned(norm(k, k_norm), cos, sin, False))
+    expected[1].index_copy_(2, input_pos, v)
+    operands = (qkv, cos, sin, input_pos, q_norm, k_norm)
+    found = kernel_calls.rope_append(*caches, *operands, Hq, False, 1e-3, isa)
+    assert torch.equal(found, turned(norm(q, q_norm), cos, sin, False))
     assert torch.equal(caches, expected)
 
 
 def test_a_position_outside_writes_nothing():
     caches, before = torch.ones(2, 1, 1, 4, 2), torch.ones(2, 1, 1, 4, 2)
-    tensors = (*caches, normal(1, 2, 6), *normal(2, 2, 2), torch.tensor([1, 4]), normal(1, 1, 2, 2))
-    args = _native.RopeAppendArgs(*map(_native.tensor_view, tensors), 1, False)
+    operands = (normal(1, 2, 6), *normal(2, 2, 2), torch.tensor([1, 4]), None, None)
+    tensors = (*caches, *operands, normal(1, 1, 2, 2))
+    args = _native.RopeAppendArgs(*map(_native.tensor_view, tensors), 1, False, 0.0)
     code, message = kernel_calls.run("rope_append", args)
     assert code == kernel_calls.INVALID_ARGUMENT
     assert torch.equal(caches, before)
@@ -135,14 +167,20 @@ def test_refusals():
         q=(1, 3, 3, 4),
         n_heads=3,
         dtype=torch.float32,
+        q_norm=(4,),
+        k_norm=(4,),
+        eps=1e-5,
     ):
         tensors = [torch.zeros(s) for s in (k, v, qkv)]
         tensors += [torch.zeros(s, dtype=dtype) for s in (cos, sin)]
-        tensors += [torch.zeros(pos, dtype=torch.int64), torch.zeros(q)]
+        tensors += [torch.zeros(pos, dtype=torch.int64)]
+        tensors += [torch.zeros(s) for s in (q_norm, k_norm, q)]
         views = map(_native.tensor_view, tensors)
-        return kernel_calls.run("rope_append", _native.RopeAppendArgs(*views, n_heads, False))
+        args = _native.RopeAppendArgs(*views, n_heads, False, eps)
+        return kernel_calls.run("rope_append", args)
 
     assert add_rms_norm()[0] == gate_mul()[0] == rope_append()[0] == kernel_calls.OK
+    assert rope_append(qkv=(1, 3, 20))[0] == kernel_calls.OK  # values are keys
     found = [
         add_rms_norm(residual=(2, 9)),
         add_rms_norm(weight=(9,)),
@@ -165,6 +203,9 @@ def test_refusals():
         rope_append(q=(1, 3, 3, 2)),
         rope_append(n_heads=0),
         rope_append(dtype=torch.bfloat16),
+        rope_append(q_norm=(5,)),
+        rope_append(k_norm=(1, 4)),
+        rope_append(eps=-1.0),
     ]
     assert {code for code, _ in found} == {kernel_calls.INVALID_ARGUMENT}
     assert_expected_inline(
@@ -192,10 +233,10 @@ cuda_int4::rope_append: expected k_cache [B, Hkv, T, D] with an even D, got [1, 
     cache [B, Hkv, T, D] with an even D
 cuda_int4::rope_append: expected v_cache of shape [1, 2, 5, 4], got [1, 2, 4, 4]; make both
     caches alike
-cuda_int4::rope_append: expected qkv [1, S, 7 heads of 4], got [1, 3, 24]; pass
-    qkv.contiguous(), [B, S, (n_heads + 2 * Hkv) * D]
-cuda_int4::rope_append: expected qkv [1, S, 7 heads of 4], got [2, 3, 28]; pass
-    qkv.contiguous(), [B, S, (n_heads + 2 * Hkv) * D]
+cuda_int4::rope_append: expected qkv [1, S, 7 heads of 4] (or 5, where values are keys), got [1,
+    3, 24]; pass qkv.contiguous(), [B, S, (n_heads + 2 * Hkv) * D]
+cuda_int4::rope_append: expected qkv [1, S, 7 heads of 4] (or 5, where values are keys), got [2,
+    3, 28]; pass qkv.contiguous(), [B, S, (n_heads + 2 * Hkv) * D]
 cuda_int4::rope_append: expected cos of shape [3, 4], got [3, 3]; pass tables [S, D] or [S, D/2]
     of qkv's dtype or float32
 cuda_int4::rope_append: expected sin of shape [3, 4], got [3, 2]; make both tables alike
@@ -205,5 +246,10 @@ cuda_int4::rope_append: expected q of shape [1, 3, 3, 4], got [1, 3, 3, 2]; allo
     contiguous q [B, n_heads, S, D]
 cuda_int4::rope_append: expected n_heads in 1..2147483647, got 0; fix the call
 cuda_int4::rope_append: expected cos of dtype float32, got bfloat16; pass tables [S, D] or [S,
-    D/2] of qkv's dtype or float32""",
+    D/2] of qkv's dtype or float32
+cuda_int4::rope_append: expected q_norm of shape [4], got [5]; pass a contiguous weight of shape
+    [D], the size of a head
+cuda_int4::rope_append: expected k_norm of shape [4], got [1, 4]; pass a contiguous weight of
+    shape [D], the size of a head
+cuda_int4::rope_append: expected eps of at least 0, got -1.000000; fix the call""",
     )

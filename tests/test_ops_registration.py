@@ -32,7 +32,9 @@ def arguments(op: str, dtype: torch.dtype = torch.bfloat16) -> tuple:
         return torch.randn(2, 10).to(dtype), "silu"
     if op == "rope_append":  # 3 query heads and 2 of keys, of 4, at 2 places of 5
         caches, tables = torch.zeros(2, 1, 2, 5, 4).to(dtype), torch.randn(2, 2, 4).to(dtype)
-        return *caches, torch.randn(1, 2, 28).to(dtype), *tables, torch.tensor([3, 0]), 3, False
+        norms = torch.randn(2, 4).to(dtype)
+        qkv, input_pos = torch.randn(1, 2, 28).to(dtype), torch.tensor([3, 0])
+        return *caches, qkv, *tables, input_pos, *norms, 3, False, 1e-5
     return (torch.randn(2, 5).to(dtype),)
 
 
@@ -66,10 +68,11 @@ cuda_int4::add_rms_norm.out(Tensor x, Tensor residual, Tensor? weight, float eps
 cuda_int4::gate_mul(Tensor gate_up, str activation) -> Tensor
 cuda_int4::gate_mul.out(Tensor gate_up, str activation, *, Tensor(a!) out) -> Tensor(a!)
 cuda_int4::rope_append(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor qkv, Tensor cos, Tensor
-    sin, Tensor input_pos, int n_heads, bool interleaved) -> Tensor
+    sin, Tensor input_pos, Tensor? q_norm, Tensor? k_norm, int n_heads, bool interleaved, float
+    eps) -> Tensor
 cuda_int4::rope_append.out(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor qkv, Tensor cos,
-    Tensor sin, Tensor input_pos, int n_heads, bool interleaved, *, Tensor(c!) out) ->
-    Tensor(c!)""",
+    Tensor sin, Tensor input_pos, Tensor? q_norm, Tensor? k_norm, int n_heads, bool interleaved,
+    float eps, *, Tensor(c!) out) -> Tensor(c!)""",
     )
 
 

@@ -245,17 +245,23 @@ def test_fuses_geglu(approximate):
 class Attention(nn.Module):
     """One attention with a cache; how it turns is ``turn``'s."""
 
-    def __init__(self, turn, scale_q=1.0):
+    def __init__(self, turn, scale_q=1.0, norms=(), values_are_keys=False):
         super().__init__()
         self.wq = nn.Linear(64, 64, bias=False, dtype=DTYPE)
         self.wk, self.wv = (nn.Linear(64, 32, bias=False, dtype=DTYPE) for _ in range(2))
         for name in ("k_cache", "v_cache"):
             self.register_buffer(name, torch.zeros(1, 2, 8, 16, dtype=DTYPE))
-        self.turn, self.scale_q = turn, scale_q
+        self.turn, self.scale_q, self.values_are_keys = turn, scale_q, values_are_keys
+        for name, eps in norms:
+            setattr(self, name, nn.RMSNorm(16, eps=eps, dtype=DTYPE))
 
     def forward(self, x, cos, sin, input_pos):
         B, S, _ = x.shape
         q, k, v = (w(x).view(B, S, -1, 16).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
+        if self.values_are_keys:
+            v = k
+        q = self.q_norm(q) if hasattr(self, "q_norm") else q
+        k = self.k_norm(k) if hasattr(self, "k_norm") else k
         q, k = self.turn(q, cos, sin), self.turn(k, cos, sin)
         if self.scale_q != 1:
             q = q * self.scale_q
@@ -394,8 +400,8 @@ sin: float32 [s13, 8], input
 input_pos: int64 [s13], input
 %8 = cuda_int4.linear(x, wq+wk+wv.weight.qdata, wq+wk+wv.weight.scale, None, None, None, 32,
     coalesced.v1, none): bfloat16 [1, s13, 128]
-%9 = cuda_int4.rope_append(b_k_cache, b_v_cache, %8, cos, sin, input_pos, 4, False): bfloat16
-    [1, 4, s13, 16]
+%9 = cuda_int4.rope_append(b_k_cache, b_v_cache, %8, cos, sin, input_pos, None, None, 4, False,
+    0.0): bfloat16 [1, 4, s13, 16]
 %10 = cuda_int4.attention(%9, b_k_cache, b_v_cache, None, 0.25, False): bfloat16 [1, 4, s13, 16]
 return [b_k_cache, b_v_cache, %10]""",
     )
@@ -407,8 +413,41 @@ def test_rope_is_found_however_it_is_spelled(turn, dynamic):
     program, _ = rope_program(turn, dynamic)
     assert passes.FuseRopeAppendPass()(program).modified
     (node,) = calls(program, torch.ops.cuda_int4.rope_append.default)
-    assert node.args[-2:] == (4, turn is pairs)
+    assert node.args[-5:] == (None, None, 4, turn is pairs, 0.0)
     assert not list(calls(program, torch.ops.aten.index_put.default))
+
+
+BOTH = (("q_norm", 1e-3), ("k_norm", 1e-3))
+
+
+@pytest.mark.parametrize("values_are_keys", [False, True])
+@pytest.mark.parametrize("norms", [BOTH, BOTH[:1], BOTH[1:]], ids=["both", "of q", "of k"])
+@pytest.mark.parametrize("turn", [halves, whole])
+def test_fuses_norms_of_heads(turn, norms, values_are_keys):
+    program, inputs = rope_program(turn, False, norms=norms, values_are_keys=values_are_keys)
+    exact = graphs.run(program, *inputs)
+    assert passes.FuseRopeAppendPass()(program).modified
+    assert_same_bits(graphs.run(program, *inputs), exact)
+    (node,) = calls(program, torch.ops.cuda_int4.rope_append.default)
+    given = [None if weight is None else weight.name for weight in node.args[6:8]]
+    names = [name for name, _ in norms]
+    assert given == [f"p_{n}_weight" if n in names else None for n in ("q_norm", "k_norm")]
+    assert node.args[8:] == (4, False, 1e-3)
+    assert not list(calls(program, torch.ops.cuda_int4.rms_norm.default))
+
+
+def test_norms_that_are_not_of_heads_once_are_left_alone():
+    class Twice(Attention):
+        def forward(self, x, *rest):
+            self.turn = lambda q, *tables: halves(self.q_norm(q), *tables)
+            return super().forward(x, *rest)
+
+    inputs = rope_inputs(halves)
+    two_eps = Attention(halves, norms=(("q_norm", 1e-3), ("k_norm", 1e-6)))
+    for model in (two_eps, Twice(halves, norms=BOTH)):
+        program = before_fusions(quantized(model), *inputs)
+        assert passes.MergeLinearsPass()(program).modified
+        assert not passes.FuseRopeAppendPass()(program).modified
 
 
 @pytest.mark.parametrize("turn", [wrong_sign, clipped])

@@ -105,24 +105,31 @@ struct GateMulArgs {
 Status validate_gate_mul(const GateMulArgs& args);
 Status gate_mul(const GateMulArgs& args, const ExecutionContext& context);
 
-// Turns the query and key heads of qkv (RoPE), writes keys and values into the caches:
-//   q[b, h, s]                     = turn(qkv[b, s, head h])
-//   k_cache[b, h, input_pos[s]]    = turn(qkv[b, s, head n_heads + h])
-//   v_cache[b, h, input_pos[s]]    =      qkv[b, s, head n_heads + Hkv + h]
+// Norms and turns the query and key heads of qkv (RoPE), writes keys and values into the caches:
+//   q[b, h, s]                     = turn(norm(qkv[b, s, head h], q_norm))
+//   k_cache[b, h, input_pos[s]]    = turn(norm(qkv[b, s, head n_heads + h], k_norm))
+//   v_cache[b, h, input_pos[s]]    =           qkv[b, s, head n_heads + Hkv + h]
+// Where qkv has n_heads + Hkv heads, the values are the keys as they are in qkv.
+// norm() is rms_norm with this eps, rounded to the dtype of qkv; without a weight, nothing.
 // turn() takes the pairs (a, b) = (x[i], x[i + D/2]), or (x[2i], x[2i + 1]) where interleaved:
 //   a' = a * cos - b * sin;  b' = b * cos + a * sin
 // with the cos and sin of the place that is written (tables of D) or of the pair (tables of D/2).
 // Each product and the sum are rounded to the dtype of the tables, then the result to that of qkv.
 // A position below 0 counts from the end of the cache.
 struct RopeAppendArgs {
-  TensorView k_cache;    // [B, Hkv, T, D] dtype of qkv, contiguous; written at input_pos
-  TensorView v_cache;    // like k_cache
-  TensorView qkv;        // [B, S, (n_heads + 2 * Hkv) * D] float16 | bfloat16 | float32, contiguous
+  TensorView k_cache;  // [B, Hkv, T, D] dtype of qkv, contiguous; written at input_pos
+  TensorView v_cache;  // like k_cache
+  // [B, S, (n_heads + 2 * Hkv) * D] or [B, S, (n_heads + Hkv) * D] float16 | bfloat16 | float32,
+  // contiguous
+  TensorView qkv;
   TensorView cos, sin;   // [S, D] or [S, D/2], dtype of qkv or float32, contiguous
   TensorView input_pos;  // [S] int32 | int64, contiguous
+  TensorView q_norm;     // absent or [D], any of the three dtypes
+  TensorView k_norm;     // likewise
   TensorView q;          // [B, n_heads, S, D] dtype of qkv, contiguous
   int64_t n_heads;
   bool interleaved;
+  double eps;  // of the norms
 };
 Status validate_rope_append(const RopeAppendArgs& args);
 Status rope_append(const RopeAppendArgs& args, const ExecutionContext& context);

@@ -14,6 +14,17 @@ namespace {
 
 constexpr char kOp[] = "cuda_int4::rope_append";
 
+Status check_norm(const char* part, const TensorView& weight, int64_t D) {
+  if (!weight.present()) return {};
+  const TensorCheck check{kOp, part, "pass a contiguous weight of shape [D], the size of a head"};
+  int64_t numel = 0;
+  CUDA_INT4_RETURN_IF_ERROR(check_contiguous(check, weight, &numel));
+  CUDA_INT4_RETURN_IF_ERROR(check_float_kind(check, weight));
+  CUDA_INT4_RETURN_IF_ERROR(check_shape(check, weight, 1, &D));
+  CUDA_INT4_RETURN_IF_ERROR(check_data(check, weight));
+  return check_alignment(check, weight, dtype_bytes(weight.dtype));
+}
+
 Status check_dtype(const TensorCheck& check, const TensorView& view, DType expected) {
   if (view.dtype == expected) return {};
   return error(StatusCode::kInvalidArgument, "%s: expected %s of dtype %s, got %s; %s", check.who,
@@ -57,13 +68,14 @@ Status validate_rope_append(const RopeAppendArgs& args) {
                  "%s: expected n_heads in 1..%" PRId64 ", got %" PRId64 "; fix the call", kOp,
                  kMaxDim, args.n_heads);
   }
-  const int64_t n_all = args.n_heads + 2 * Hkv;
+  const int64_t n_qk = args.n_heads + Hkv, n_all = n_qk + Hkv;
   const int64_t S = args.qkv.ndim == 3 ? args.qkv.sizes[1] : 0;
   if (args.qkv.ndim != 3 || args.qkv.sizes[0] != B || args.qkv.sizes[2] % D != 0 ||
-      args.qkv.sizes[2] / D != n_all) {
+      (args.qkv.sizes[2] / D != n_all && args.qkv.sizes[2] / D != n_qk)) {
     return error(StatusCode::kInvalidArgument,
-                 "%s: expected qkv [%" PRId64 ", S, %" PRId64 " heads of %" PRId64 "], got %s; %s",
-                 kOp, B, n_all, D, ShapeText(args.qkv).text, qkv.cure);
+                 "%s: expected qkv [%" PRId64 ", S, %" PRId64 " heads of %" PRId64 "] (or %" PRId64
+                 ", where values are keys), got %s; %s",
+                 kOp, B, n_all, D, n_qk, ShapeText(args.qkv).text, qkv.cure);
   }
   const int64_t width = args.cos.ndim == 2 && args.cos.sizes[1] == D / 2 ? D / 2 : D;
   const int64_t table_sizes[] = {S, width};
@@ -75,6 +87,12 @@ Status validate_rope_append(const RopeAppendArgs& args) {
   for (int i = 0; i < 7; ++i) {
     CUDA_INT4_RETURN_IF_ERROR(check_data(checks[i], *views[i]));
     CUDA_INT4_RETURN_IF_ERROR(check_alignment(checks[i], *views[i], dtype_bytes(views[i]->dtype)));
+  }
+  CUDA_INT4_RETURN_IF_ERROR(check_norm("q_norm", args.q_norm, D));
+  CUDA_INT4_RETURN_IF_ERROR(check_norm("k_norm", args.k_norm, D));
+  if (!(args.eps >= 0)) {
+    return error(StatusCode::kInvalidArgument,
+                 "%s: expected eps of at least 0, got %f; fix the call", kOp, args.eps);
   }
   return {};
 }
@@ -104,13 +122,15 @@ float rounded_to(float value) {
 // Heads of X, tables of C. This file is compiled without contraction: the two products are rounded
 // before their sum, as by ops of their own.
 template <class X, class C>
-void turn_heads(const RopeAppendArgs& args, int64_t begin, int64_t end) {
+void turn_heads(const CpuKernels& kernels, const RopeAppendArgs& args, int64_t begin, int64_t end) {
   const int64_t S = args.qkv.sizes[1], Hkv = args.k_cache.sizes[1];
   const int64_t T = args.k_cache.sizes[2], D = args.k_cache.sizes[3], half = D / 2;
-  const int64_t n_all = args.n_heads + 2 * Hkv, width = args.cos.sizes[1];
+  const int64_t n_all = args.n_heads + 2 * Hkv, n_given = args.qkv.sizes[2] / D;
+  const int64_t width = args.cos.sizes[1];
   for (int64_t item = begin; item < end; ++item) {
     const int64_t head = item % n_all, token = item / n_all, s = token % S, b = token / S;
-    const X* from = static_cast<const X*>(args.qkv.data) + item * D;
+    const int64_t given_head = head < n_given ? head : head - Hkv;  // values that are keys
+    const X* from = static_cast<const X*>(args.qkv.data) + (token * n_given + given_head) * D;
     X* to = static_cast<X*>(args.q.data) + ((b * args.n_heads + head) * S + s) * D;
     if (head >= args.n_heads) {
       int64_t given = 0, place = 0;
@@ -123,6 +143,19 @@ void turn_heads(const RopeAppendArgs& args, int64_t begin, int64_t end) {
         for (int64_t d = 0; d < D; ++d) to[d] = from[d];
         continue;
       }
+    }
+    const TensorView& norm = head < args.n_heads ? args.q_norm : args.k_norm;
+    if (norm.present()) {
+      RmsNormJob job = {};
+      job.x = from;
+      job.weight = norm.data;
+      job.y = to;
+      job.dtype = args.qkv.dtype;
+      job.weight_dtype = norm.dtype;
+      job.D = D;
+      job.eps = static_cast<float>(args.eps);
+      kernels.rms_norm(job, 0, 1);
+      from = to;  // a pair is read before it is written
     }
     const C* cos = static_cast<const C*>(args.cos.data) + s * width;
     const C* sin = static_cast<const C*>(args.sin.data) + s * width;
@@ -142,17 +175,18 @@ void turn_heads(const RopeAppendArgs& args, int64_t begin, int64_t end) {
 }
 
 template <class X>
-void turn(const RopeAppendArgs& args, int64_t begin, int64_t end) {
+void turn(const CpuKernels& kernels, const RopeAppendArgs& args, int64_t begin, int64_t end) {
   if (args.cos.dtype == DType::kFloat32) {
-    turn_heads<X, float>(args, begin, end);
+    turn_heads<X, float>(kernels, args, begin, end);
   } else {
-    turn_heads<X, X>(args, begin, end);
+    turn_heads<X, X>(kernels, args, begin, end);
   }
 }
 
 }  // namespace
 
-Status rope_append_on(const RopeAppendArgs& args, const ExecutionContext& context) {
+Status rope_append_on(const CpuKernels& kernels, const RopeAppendArgs& args,
+                      const ExecutionContext& context) {
   const int64_t S = args.qkv.sizes[1], T = args.k_cache.sizes[2], D = args.k_cache.sizes[3];
   for (int64_t s = 0; s < S; ++s) {  // before anything is written
     int64_t given = 0, place = 0;
@@ -163,14 +197,14 @@ Status rope_append_on(const RopeAppendArgs& args, const ExecutionContext& contex
                    kOp, T - 1, given, s);
     }
   }
-  const int64_t n_items = args.qkv.sizes[0] * S * (args.qkv.sizes[2] / D);
+  const int64_t n_items = args.qkv.sizes[0] * S * (args.n_heads + 2 * args.k_cache.sizes[1]);
   parallel_ranges(context, n_items, ceil_div(int64_t{1} << 14, D), [&](int64_t begin, int64_t end) {
     if (args.qkv.dtype == DType::kFloat16) {
-      turn<Half>(args, begin, end);
+      turn<Half>(kernels, args, begin, end);
     } else if (args.qkv.dtype == DType::kBFloat16) {
-      turn<BFloat>(args, begin, end);
+      turn<BFloat>(kernels, args, begin, end);
     } else {
-      turn<float>(args, begin, end);
+      turn<float>(kernels, args, begin, end);
     }
   });
   return {};
@@ -185,7 +219,7 @@ Status rope_append(const RopeAppendArgs& args, const ExecutionContext& context) 
     return kernels == nullptr ? built_without_cuda(kOp) : kernels->math->rope_append(args, context);
   }
   CUDA_INT4_RETURN_IF_ERROR(check_cpu_device(kOp, context));
-  return cpu::rope_append_on(args, context);
+  return cpu::rope_append_on(cpu::best_kernels(), args, context);
 }
 
 }  // namespace cuda_int4

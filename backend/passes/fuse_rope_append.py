@@ -26,7 +26,8 @@ from .resolve_attention import DTYPES, shape_of
 from .widen_index_put import in_place_shape
 
 aten = torch.ops.aten
-# Products, sums and moves: what these make of their operands is, per element, a polynomial.
+# Products, sums and moves: what these make of their operands is, per element, a polynomial. With
+# norms among them it is still no function that agrees with another at a random point by chance.
 _POLYNOMIAL = {
     "aten::add", "aten::alias_copy", "aten::cat", "aten::clone", "aten::expand_copy", "aten::mul",
     "aten::neg", "aten::permute_copy", "aten::select_copy", "aten::slice_copy",
@@ -34,6 +35,7 @@ _POLYNOMIAL = {
     "aten::sub", "aten::_to_copy", "aten::transpose_copy", "aten::unsqueeze_copy",
     "aten::view_copy", "dim_order_ops::_clone_dim_order", "dim_order_ops::_to_dim_order_copy",
 }  # fmt: skip
+_NORM = torch.ops.cuda_int4.rms_norm.default
 _TRIAL_TOKENS = 3  # in the place of a symbolic number of tokens
 
 
@@ -51,20 +53,25 @@ class FuseRopeAppendPass(ExportedProgramPassBase):
     """Turn q and k and write k and v into the caches, out of the merged projection, in one kernel.
 
     Before: q, k, v = <split, view, permute of qkv [B, S, (Hq + 2 * Hkv) * D]>
+            q, k = cuda_int4.rms_norm(q, q_norm, eps), cuda_int4.rms_norm(k, k_norm, eps)
             q, k = <mul, neg, cat, add with cos, sin>
             k = aten.index_put(k_cache, [None, None, input_pos], k)
             v = aten.index_put(v_cache, [None, None, input_pos], v)
             y = cuda_int4.attention(q, k, v, ...)
-    After:  q = cuda_int4.rope_append(k_cache, v_cache, qkv, cos, sin, input_pos, Hq, interleaved)
+    After:  q = cuda_int4.rope_append(k_cache, v_cache, qkv, cos, sin, input_pos, q_norm, k_norm,
+                                      Hq, interleaved, eps)
             y = cuda_int4.attention(q, k_cache, v_cache, ...)
 
+    Either norm may be absent. Without values in qkv [B, S, (Hq + Hkv) * D], v is k before its norm.
+
     Models spell the turn in many ways, so none is looked for. The graph between (qkv, cos, sin)
-    and (q, k, v) must hold products, sums and moves only; it is computed on random numbers and
-    taken if q, k and v are to the bit what our op gives, in either order of pairs. Polynomials
-    that agree at a random point are the same but for a chance of rounding to 24 bits, and the
-    roundings are compared with them.
+    and (q, k, v) must hold products, sums, moves and at most one norm of q and one of k only; it
+    is computed on random numbers, the norms' weights too, and taken if q, k and v are to the bit
+    what our op gives, in either order of pairs. Such functions that agree at a random point are
+    the same but for a chance of rounding to 24 bits, and the roundings are compared with them.
+    What a norm adds to the square is too small to show: it is read off the graph.
     Left alone: caches that anything but this attention reads, a turn of a part of the head, norms
-    of heads, a scale on q, other operands than these three.
+    without a weight or with two different eps, a scale on q, other operands than these.
     """
 
     def call(self, exported_program: ExportedProgram) -> ExportedProgramPassResult:
@@ -129,9 +136,14 @@ def _match_turn(site: _Site) -> tuple | None:
     targets = (site.q, *(write.args[2] for write in site.writes))
     nodes, leaves = _between(targets)  # type: ignore[arg-type]
     (B, Hq, S, D), Hkv = shape_of(site.q), shape_of(site.caches[0])[1]
+    norms = _norms_of(targets)  # type: ignore[arg-type]
+    if norms is None:
+        return None
+    q_norm, k_norm, eps = norms
+    weights = {weight for weight in (q_norm, k_norm) if weight is not None}
     sources = [leaf for leaf in leaves if len(shape_of(leaf)) == 3]
-    tables = [leaf for leaf in leaves if len(shape_of(leaf)) == 2]
-    if len(sources) != 1 or len(tables) != 2 or len(leaves) != 3:
+    tables = [leaf for leaf in leaves - weights if len(shape_of(leaf)) == 2]
+    if len(sources) != 1 or len(tables) != 2 or len(leaves) != 3 + len(weights):
         return None
     (qkv,) = sources
     n_tokens = S if isinstance(S, int) else _TRIAL_TOKENS
@@ -139,7 +151,8 @@ def _match_turn(site: _Site) -> tuple | None:
     table_dtypes = {table.meta["val"].dtype for table in tables}
     if (
         not isinstance(B, int)
-        or shape_of(qkv)[2] != (Hq + 2 * Hkv) * D
+        or shape_of(qkv)[2] not in ((Hq + 2 * Hkv) * D, (Hq + Hkv) * D)
+        or any(list(shape_of(weight)) != [D] for weight in weights)
         or not all(map(_same, (shape_of(qkv)[0], shape_of(qkv)[1]), (B, S)))
         or len(widths) != 1
         or not widths <= {D, D // 2}
@@ -154,19 +167,43 @@ def _match_turn(site: _Site) -> tuple | None:
     def drawn(node: Node, *shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(node.meta["val"].dtype)
 
-    values = {qkv: drawn(qkv, B, n_tokens, (Hq + 2 * Hkv) * D)}
+    values = {qkv: drawn(qkv, B, n_tokens, int(shape_of(qkv)[2]))}
     values.update({table: drawn(table, n_tokens, *widths) for table in tables})
+    values.update({weight: drawn(weight, D) for weight in (q_norm, k_norm) if weight in weights})
     found = _computed(nodes, dict(values), S, n_tokens, targets)  # type: ignore[arg-type]
     if found is None:
         return None
     for cos, sin in (tables, tables[::-1]):
         for interleaved in (False, True):
             caches = [torch.zeros(B, Hkv, n_tokens, D, dtype=found[0].dtype) for _ in range(2)]
-            operands = (values[qkv], values[cos], values[sin], torch.arange(n_tokens))
-            q = torch.ops.cuda_int4.rope_append(*caches, *operands, Hq, interleaved)
+            given = (values[qkv], values[cos], values[sin], torch.arange(n_tokens))
+            drawn_norms = [None if norm is None else values[norm] for norm in (q_norm, k_norm)]
+            rest = (Hq, interleaved, eps)
+            q = torch.ops.cuda_int4.rope_append(*caches, *given, *drawn_norms, *rest)
             if all(map(torch.equal, found, (q, *caches))):
-                return (*site.caches, qkv, cos, sin, site.input_pos, Hq, interleaved)
+                operands = (qkv, cos, sin, site.input_pos, q_norm, k_norm)
+                return (*site.caches, *operands, *rest)
     return None
+
+
+def _norms_of(targets: tuple[Node, ...]) -> tuple[Node | None, Node | None, float] | None:
+    """The weights of q's and k's norm, and their eps; None: other norms than one of each."""
+    weights: list[Node | None] = []
+    all_eps = set()
+    for target in targets:
+        norms = [node for node in _between((target,))[0] if op_of(node) is _NORM]
+        if len(norms) > 1:
+            return None
+        weight = None
+        for norm in norms:
+            _, weight, eps = args_of(norm)
+            if weight is None or weight.op != "placeholder":
+                return None
+            all_eps.add(eps)
+        weights.append(weight)
+    if weights[2] is not None or len(all_eps) > 1:
+        return None
+    return weights[0], weights[1], all_eps.pop() if all_eps else 0.0
 
 
 def _between(targets: tuple[Node, ...]) -> tuple[list[Node], set[Node]]:
@@ -181,8 +218,8 @@ def _between(targets: tuple[Node, ...]) -> tuple[list[Node], set[Node]]:
         if not isinstance(node.meta.get("val"), (torch.Tensor, list, tuple)):
             continue  # a size
         is_item = op_of(node) is operator.getitem
-        is_leaf = isinstance(node.meta["val"], torch.Tensor) and len(shape_of(node)) == 2
-        if is_leaf or not (is_item or op_name(node) in _POLYNOMIAL):
+        is_leaf = isinstance(node.meta["val"], torch.Tensor) and len(shape_of(node)) <= 2
+        if is_leaf or not (is_item or op_of(node) is _NORM or op_name(node) in _POLYNOMIAL):
             leaves.add(node)
             continue
         seen.add(node)

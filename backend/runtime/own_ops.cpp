@@ -143,9 +143,10 @@ void gate_mul_out(KernelRuntimeContext& context, Span<EValue*> stack) {
   finish(context, run_op<GateMulArgs>(context, args, &validate_gate_mul, nullptr, &gate_mul));
 }
 
-// rope_append(k_cache!, v_cache!, qkv, cos, sin, input_pos, n_heads, interleaved, *, out)
+// rope_append(k_cache!, v_cache!, qkv, cos, sin, input_pos, q_norm?, k_norm?, n_heads, interleaved,
+//             eps, *, out)
 void rope_append_out(KernelRuntimeContext& context, Span<EValue*> stack) {
-  OpArguments a("rope_append.out", stack, 9);
+  OpArguments a("rope_append.out", stack, 12);
   RopeAppendArgs args{};
   args.k_cache = a.tensor(0);
   args.v_cache = a.tensor(1);
@@ -153,14 +154,17 @@ void rope_append_out(KernelRuntimeContext& context, Span<EValue*> stack) {
   args.cos = a.tensor(3);
   args.sin = a.tensor(4);
   args.input_pos = a.tensor(5);
-  args.n_heads = a.integer(6);
-  args.interleaved = a.boolean(7);
+  args.q_norm = a.optional_tensor(6);
+  args.k_norm = a.optional_tensor(7);
+  args.n_heads = a.integer(8);
+  args.interleaved = a.boolean(9);
+  args.eps = a.number(10);
   if (a.error() == Error::Ok && args.qkv.ndim == 3 && args.k_cache.ndim == 4) {
     const int64_t sizes[] = {args.qkv.sizes[0], args.n_heads, args.qkv.sizes[1],
                              args.k_cache.sizes[3]};
-    args.q = a.out(8, sizes, 4);
+    args.q = a.out(11, sizes, 4);
   } else {
-    args.q = a.tensor(8);  // the validator says what is wrong with the others
+    args.q = a.tensor(11);  // the validator says what is wrong with the others
   }
   if (a.error() != Error::Ok) return context.fail(a.error());
   finish(context,

@@ -128,19 +128,61 @@ def check_rope_append() -> None:
         expected[0].index_copy_(2, places, turned(k, cos, sin, interleaved))
         expected[1].index_copy_(2, places, v)
         pos = given.int() if as_int32 else given
-        found = ops.rope_append(*caches, qkv, cos, sin, pos, Hq, interleaved)
+        found = ops.rope_append(*caches, qkv, cos, sin, pos, None, None, Hq, interleaved, 0.0)
         same(found, turned(q, cos, sin, interleaved), f"{what}: q")
         same(caches, expected, f"{what}: caches")
         exact = turned(q.double(), cos.double(), sin.double(), interleaved)
         near(found, exact, 4, f"{what}: q against float64")
     caches = torch.ones(2, 1, 2, 8, 64, device="cuda")
     tables = torch.zeros(2, 2, 32, device="cuda")
-    ops.rope_append(
-        *caches, normal(1, 2, 8 * 64), *tables, torch.tensor([3, 8], device="cuda"), 4, False
-    )
+    operands = (normal(1, 2, 8 * 64), *tables, torch.tensor([3, 8], device="cuda"))
+    ops.rope_append(*caches, *operands, None, None, 4, False, 0.0)
     untouched = torch.arange(8, device="cuda") != 3
     note(bool((caches[:, :, :, untouched] == 1).all()), "rope_append wrote at a position outside")
     note(not bool((caches[:, :, :, 3] == 1).any()), "rope_append left a position inside")
+
+
+def check_rope_append_with_norms() -> None:
+    """Norms of heads, of either or both, values that are keys; heads longer than a warp holds."""
+    shapes = (
+        (1, 1, 32, 4, 512), (1, 1, 32, 16, 256), (1, 16, 32, 8, 128), (2, 5, 4, 2, 10),
+        (1, 3, 8, 8, 64), (1, 2, 2, 1, 1024),
+    )  # fmt: skip
+    flags = (False, True)
+    for dtype, shape, interleaved, wide, shared, normed in itertools.product(
+        DTYPES, shapes, flags, flags, flags, ((True, True), (True, False), (False, True))
+    ):
+        B, S, Hq, Hkv, D = shape
+        T = 40
+        what = f"rope_append {dtype} {shape} {interleaved=} {wide=} {shared=} {normed=}"
+        qkv = normal(B, S, (Hq + (1 if shared else 2) * Hkv) * D, dtype=dtype) * 3
+        cos, sin = normal(2, S, D, dtype=dtype)
+        norms = [
+            normal(D, dtype=torch.float32 if wide else dtype) if is_normed else None
+            for is_normed in normed
+        ]
+        places = torch.randperm(T, device="cuda")[:S]
+        caches = normal(2, B, Hkv, T, D, dtype=dtype)
+        heads = qkv.view(B, S, -1, D).transpose(1, 2)
+        q, k, v = heads[:, :Hq], heads[:, Hq : Hq + Hkv], heads[:, -Hkv:]
+
+        def norm(x: Tensor, weight: Tensor | None) -> Tensor:
+            return x if weight is None else ops.rms_norm(x.contiguous(), weight, 1e-3)
+
+        expected = caches.clone()
+        expected[0].index_copy_(2, places, turned(norm(k, norms[1]), cos, sin, interleaved))
+        expected[1].index_copy_(2, places, v)
+        found = ops.rope_append(*caches, qkv, cos, sin, places, *norms, Hq, interleaved, 1e-3)
+        # Up to here a warp takes a row in rms_norm too, in the same order.
+        vector = 16 // dtype.itemsize if D % (16 // dtype.itemsize) == 0 else 1
+        if D // vector <= 64:
+            same(found, turned(norm(q, norms[0]), cos, sin, interleaved), f"{what}: q")
+            same(caches, expected, f"{what}: caches")
+        same(caches[1], expected[1], f"{what}: values")
+        w = None if norms[1] is None else norms[1].double()
+        keys = k.double() if w is None else F.rms_norm(k.double(), (D,), w, 1e-3)
+        exact = turned(keys, cos.double(), sin.double(), interleaved)
+        near(caches[0][:, :, places], exact, 6, f"{what}: keys against float64")
 
 
 def check_capture() -> None:
@@ -148,10 +190,12 @@ def check_capture() -> None:
     x, residual, weight = normal(1, 256), normal(1, 256), normal(256)
     pos = torch.tensor([3], device="cuda")
     caches, tables = torch.zeros(2, 1, 1, 8, 64, device="cuda"), normal(2, 1, 32)
+    norm = normal(64)
 
     def step() -> tuple[Tensor, ...]:
         total, y = ops.add_rms_norm(x, residual, weight, 1e-5)
-        q = ops.rope_append(*caches, y.view(1, 1, 256), *tables, pos, 2, False)
+        operands = (y.view(1, 1, 256), *tables, pos, norm, norm)
+        q = ops.rope_append(*caches, *operands, 2, False, 1e-5)
         return total, y, q, ops.gate_mul(y, "silu")
 
     stream = torch.cuda.Stream()
@@ -210,7 +254,10 @@ def main() -> int:
     options = parser.parse_args()
     assert _native.library(), "the package is built"
     torch.manual_seed(0)
-    for check in (check_add_rms_norm, check_gate_mul, check_rope_append, check_capture):
+    for check in (
+        check_add_rms_norm, check_gate_mul, check_rope_append, check_rope_append_with_norms,
+        check_capture,
+    ):  # fmt: skip
         before = n_right
         check()
         print(f"{check.__name__}: {n_right - before} right", flush=True)

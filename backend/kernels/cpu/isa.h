@@ -29,7 +29,8 @@ Status add_rms_norm_on(const CpuKernels& kernels, const AddRmsNormArgs& args,
                        const ExecutionContext& context);
 Status gate_mul_on(const CpuKernels& kernels, const GateMulArgs& args,
                    const ExecutionContext& context);
-Status rope_append_on(const RopeAppendArgs& args, const ExecutionContext& context);
+Status rope_append_on(const CpuKernels& kernels, const RopeAppendArgs& args,
+                      const ExecutionContext& context);
 uint64_t linear_coalesced_scratch_bytes_on(const CpuKernels& kernels, const LinearArgs& args);
 uint64_t linear_marlin_scratch_bytes_on(const CpuKernels& kernels, const LinearArgs& args);
 

@@ -77,7 +77,7 @@ Status run(const char* op, const void* args, const CpuKernels& kernels) {
   if (strcmp(op, "rope_append") == 0) {
     const RopeAppendArgs& rope_args = *static_cast<const RopeAppendArgs*>(args);
     CUDA_INT4_RETURN_IF_ERROR(validate_rope_append(rope_args));
-    return rope_append_on(rope_args, context);
+    return rope_append_on(kernels, rope_args, context);
   }
   return error(StatusCode::kInvalidArgument,
                "run_with_isa: expected linear, linear_weight, linear_values, attention, rms_norm, "

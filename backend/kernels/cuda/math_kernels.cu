@@ -72,9 +72,13 @@ Status run_rope_append(const RopeAppendArgs& args, const ExecutionContext& conte
   kernel_args.cos = args.cos.data;
   kernel_args.sin = args.sin.data;
   kernel_args.input_pos = args.input_pos.data;
+  kernel_args.q_norm = args.q_norm.present() ? args.q_norm.data : nullptr;
+  kernel_args.k_norm = args.k_norm.present() ? args.k_norm.data : nullptr;
   kernel_args.q = args.q.data;
   kernel_args.dtype = args.qkv.dtype;
   kernel_args.table_dtype = args.cos.dtype;
+  kernel_args.q_norm_dtype = args.q_norm.dtype;
+  kernel_args.k_norm_dtype = args.k_norm.dtype;
   kernel_args.pos_is_int64 = args.input_pos.dtype == DType::kInt64;
   kernel_args.interleaved = args.interleaved;
   kernel_args.B = args.qkv.sizes[0];
@@ -84,6 +88,10 @@ Status run_rope_append(const RopeAppendArgs& args, const ExecutionContext& conte
   kernel_args.T = args.k_cache.sizes[2];
   kernel_args.D = args.k_cache.sizes[3];
   kernel_args.table_D = args.cos.sizes[1];
+  kernel_args.values_are_keys =
+      args.qkv.sizes[2] / kernel_args.D < kernel_args.n_heads + 2 * kernel_args.n_kv_heads;
+  kernel_args.constant_weights = context.constant_weights;
+  kernel_args.eps = static_cast<float>(args.eps);
   kernel_args.note = fault_note(context);
   return launch_status("cuda_int4::rope_append",
                        launch_rope_append(kernel_args, stream_of(context)));

@@ -1,25 +1,35 @@
-// rope_append -- q[b, h, s]              = turn(qkv[b, s, head h])
-//                k_cache[b, h, pos[s]]   = turn(qkv[b, s, head n_heads + h])
-//                v_cache[b, h, pos[s]]   =      qkv[b, s, head n_heads + Hkv + h]
+// rope_append -- q[b, h, s]              = turn(norm(qkv[b, s, head h]))
+//                k_cache[b, h, pos[s]]   = turn(norm(qkv[b, s, head n_heads + h]))
+//                v_cache[b, h, pos[s]]   =           qkv[b, s, head n_heads + Hkv + h]
 //                turn: (a, b) -> (a cos - b sin, b cos + a sin) of the pairs of a head
+//                norm: x / sqrt(mean(x^2 over the head) + eps) * weight, where there is a weight
 //
 //   operand        dtype                 shape                           order      align
-//   qkv            f16 | bf16 | f32      [B, S, (n_heads + 2 * Hkv) * D] row-major  dtype
-//   cos, sin       dtype of qkv | f32    [S, D] or [S, D/2]              row-major  dtype
+//   qkv            f16 | bf16 | f32      [B, S, n_given * D]             row-major  dtype (16 B: fast)
+//   cos, sin       dtype of qkv | f32    [S, D] or [S, D/2]              row-major  likewise
 //   input_pos      i32 | i64             [S]                             contiguous dtype
-//   k_cache (out)  dtype of qkv          [B, Hkv, T, D]                  row-major  dtype
-//   v_cache (out)  dtype of qkv          [B, Hkv, T, D]                  row-major  dtype
-//   q (out)        dtype of qkv          [B, n_heads, S, D]              row-major  dtype
+//   q_norm, k_norm f16 | bf16 | f32      [D]                             contiguous likewise; or absent
+//   k_cache (out)  dtype of qkv          [B, Hkv, T, D]                  row-major  as qkv
+//   v_cache (out)  dtype of qkv          [B, Hkv, T, D]                  row-major  as qkv
+//   q (out)        dtype of qkv          [B, n_heads, S, D]              row-major  as qkv
 //
-// Requires  D even   (checked by validate_rope_append); pos in -T .. T - 1, from the end where below
-//           0: of a token at any other only q is written, and the position is noted
-// Grid      one thread per pair; at most 2^30 blocks of 256, the rest in strides
-// Bytes     reads qkv, the tables and the positions, writes q and one row of each cache a token.
-//           One token is bound by latency: 12 blocks for 48 heads of 128, each load in flight at once
-// Numerics  fp32; both products and their sum are rounded to the dtype of the tables, the result to
-//           that of qkv, as by ops of their own. Two tokens at one position: either's row, by pairs
+// Requires  D even, n_given = n_heads + 2 * Hkv, or n_heads + Hkv: then the values are the keys as they
+//           are in qkv (checked by validate_rope_append); pos in -T .. T - 1, from the end where
+//           below 0: of a token at any other only q is written, and the position is noted
+// Grid      one warp per head of qkv, 4 to a block; at most 2^30 blocks, the rest in strides
+// Bytes     reads qkv twice (its pairs lie in other lanes; the second time from L1), the tables and
+//           the positions, writes q and one row of each cache a token. One token is bound by latency:
+//           the weights are asked for before the wait, all else of heads up to 1 vector a lane at
+//           once behind it
+// Numerics  fp32. The norm is rms_norm.cu's: its order where a warp takes the row there too (up to 64
+//           vectors of 16 B), one rounding to the dtype of qkv. Both products of the turn and their sum
+//           are rounded to the dtype of the tables, the result to that of qkv, as by ops of their
+//           own. Two tokens at one position: either's row, by vectors
 // Source    own
+#include <type_traits>
+
 #include "launch_dependent.cuh"
+#include "norm_weight.cuh"
 #include "numeric.cuh"
 #include "ptx.cuh"
 #include "rope_append.cuh"
@@ -28,7 +38,8 @@ namespace cuda_int4 {
 
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kHeld = 1;   // vectors of a head that a lane asks for at once; 2 take 186 registers
+constexpr int kHeads = 4;  // of a block
 constexpr int64_t kMaxBlocks = int64_t{1} << 30;
 
 template <typename C>
@@ -36,72 +47,215 @@ __device__ __forceinline__ float rounded_to(float value) {
   return as_float(from_float<C>(value));
 }
 
-template <typename X, typename C>
-__global__ void __launch_bounds__(kThreads)
-    rope_append_kernel(const __grid_constant__ RopeAppendKernelArgs p) {
-  griddepcontrol_wait();
-  griddepcontrol_launch_dependents();
-  const int64_t half = p.D / 2, n_all = p.n_heads + 2 * p.n_kv_heads;
-  const int64_t n_pairs = p.B * p.S * n_all * half;
-  for (int64_t pair = int64_t{blockIdx.x} * kThreads + threadIdx.x; pair < n_pairs;
-       pair += int64_t{gridDim.x} * kThreads) {
-    const int64_t i = pair % half, item = pair / half;
-    const int64_t head = item % n_all, token = item / n_all;
-    const int64_t s = token % p.S, b = token / p.S;
-    const int64_t first = p.interleaved ? 2 * i : i;
-    const int64_t second = p.interleaved ? 2 * i + 1 : i + half;
-    const X* from = static_cast<const X*>(p.qkv) + item * p.D;
-    const X x_a = from[first], x_b = from[second];
+// Vector v of a head, and what turns it: element i pairs with element `other(i)`.
+template <typename X, typename C, typename W, int kVec>
+struct Piece {
+  static constexpr int kTableVec = kVec == 1 ? 1 : kVec / 2;
+  using Vector = Elems<X, kVec>;
+  using Table = Elems<C, kTableVec>;
+  static constexpr int kTables = kVec / kTableVec;
+  Vector own, partner;
+  NormWeight<W, kVec> own_weight, partner_weight;
+  Table cos[kTables], sin[kTables];
 
-    X* to = static_cast<X*>(p.q) + ((b * p.n_heads + head) * p.S + s) * p.D;
-    if (head >= p.n_heads) {
+  // Where the pairs of vector v lie.
+  static __device__ __forceinline__ int64_t partner_of(const RopeAppendKernelArgs& p, int64_t v) {
+    const int64_t half = p.D / kVec / 2;
+    if (p.interleaved) return kVec == 1 ? v ^ 1 : v;
+    return v < half ? v + half : v - half;
+  }
+
+  __device__ __forceinline__ void load_weights(const RopeAppendKernelArgs& p, const void* weight,
+                                               DType dtype, int64_t v) {
+    own_weight.load(weight, dtype, v);
+    partner_weight.load(weight, dtype, partner_of(p, v));
+  }
+
+  __device__ __forceinline__ void load(const RopeAppendKernelArgs& p, const Vector* head, int64_t s,
+                                       bool is_turned, int64_t v) {
+    own = head[v];
+    if (!is_turned) return;
+    partner = head[partner_of(p, v)];
+    // In table elements: those of the vector, those of its pairs, or of its place in its half.
+    const bool is_whole = p.table_D == p.D;
+    int64_t at = v * kVec;
+    if (!is_whole) at = p.interleaved ? at / 2 : at % (p.D / 2);
+    const Table* from_cos =
+        reinterpret_cast<const Table*>(static_cast<const C*>(p.cos) + s * p.table_D + at);
+    const Table* from_sin =
+        reinterpret_cast<const Table*>(static_cast<const C*>(p.sin) + s * p.table_D + at);
+    const bool is_pairs = !is_whole && p.interleaved;
+#pragma unroll
+    for (int i = 0; i < kTables; ++i) {
+      if (i > 0 && is_pairs) break;  // one of the tables' elements is for two of the vector's
+      cos[i] = from_cos[i];
+      sin[i] = from_sin[i];
+    }
+  }
+
+  __device__ __forceinline__ Vector turned(const RopeAppendKernelArgs& p, bool is_normed,
+                                           float factor, int64_t v) const {
+    float x[kVec], other[kVec];
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) {
+      x[i] = as_float(own.values[i]);
+      other[i] = as_float(partner.values[i]);
+      if (is_normed) {
+        x[i] = rounded_to<X>(x[i] * factor * own_weight[i]);
+        other[i] = rounded_to<X>(other[i] * factor * partner_weight[i]);
+      }
+    }
+    const bool is_pairs = p.table_D != p.D && p.interleaved;
+    Vector out;
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) {
+      float partner_value = other[i];
+      if constexpr (kVec > 1) {
+        if (p.interleaved) partner_value = other[i ^ 1];
+      }
+      const bool is_first = p.interleaved ? (v * kVec + i) % 2 == 0 : v * kVec < p.D / 2;
+      const float c = as_float(is_pairs ? cos[0].values[i / 2 % kTableVec]
+                                        : cos[i / kTableVec].values[i % kTableVec]);
+      const float d = as_float(is_pairs ? sin[0].values[i / 2 % kTableVec]
+                                        : sin[i / kTableVec].values[i % kTableVec]);
+      // Never contracted: an fma would leave one product unrounded.
+      const float kept = rounded_to<C>(__fmul_rn(x[i], c));
+      const float moved = rounded_to<C>(__fmul_rn(partner_value, d));
+      out.values[i] =
+          from_float<X>(rounded_to<C>(is_first ? __fsub_rn(kept, moved) : __fadd_rn(kept, moved)));
+    }
+    return out;
+  }
+};
+
+template <typename X, typename C, typename W, int kVec>
+__global__ void __launch_bounds__(32 * kHeads)
+    rope_append_kernel(const __grid_constant__ RopeAppendKernelArgs p) {
+  using Vector = Elems<X, kVec>;
+  griddepcontrol_launch_dependents();
+  const int64_t n_qk = p.n_heads + p.n_kv_heads;
+  const int64_t n_given = p.values_are_keys ? n_qk : n_qk + p.n_kv_heads;
+  const int64_t n_items = p.B * p.S * n_given, n_vectors = p.D / kVec;
+  const int lane = threadIdx.x;
+  bool is_first = true;
+  for (int64_t item = int64_t{blockIdx.x} * kHeads + threadIdx.y; item < n_items;
+       item += int64_t{gridDim.x} * kHeads) {
+    const int64_t head = item % n_given, token = item / n_given;
+    const int64_t s = token % p.S, b = token / p.S;
+    const bool is_query = head < p.n_heads, is_turned = head < n_qk;
+    const void* weight = is_query ? p.q_norm : is_turned ? p.k_norm : nullptr;
+    const DType weight_dtype = is_query ? p.q_norm_dtype : p.k_norm_dtype;
+    const bool is_normed = weight != nullptr;
+
+    Piece<X, C, W, kVec> pieces[kHeld];
+    const auto load_weights = [&] {
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) {
+        const int64_t v = lane + 32 * i;
+        if (is_normed && v < n_vectors) pieces[i].load_weights(p, weight, weight_dtype, v);
+      }
+    };
+    const bool is_early = is_first && p.constant_weights;
+    if (is_early) load_weights();
+    if (is_first) griddepcontrol_wait();
+    if (!is_early) load_weights();
+    is_first = false;
+
+    const Vector* from = reinterpret_cast<const Vector*>(static_cast<const X*>(p.qkv) + item * p.D);
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      const int64_t v = lane + 32 * i;
+      if (v < n_vectors) pieces[i].load(p, from, s, is_turned, v);
+    }
+    Vector* to = nullptr;        // of the turned head
+    Vector* to_value = nullptr;  // of the head as it is
+    if (is_query) {
+      to = reinterpret_cast<Vector*>(static_cast<X*>(p.q) +
+                                     ((b * p.n_heads + head) * p.S + s) * p.D);
+    } else {
       const int64_t given = p.pos_is_int64 ? static_cast<const int64_t*>(p.input_pos)[s]
                                            : static_cast<const int32_t*>(p.input_pos)[s];
       const int64_t place = given < 0 ? given + p.T : given;
       if (place < 0 || place >= p.T) {
-        note_fault(p.note, kIndexOutOfRange, given, p.T);
-        continue;
+        if (lane == 0) note_fault(p.note, kIndexOutOfRange, given, p.T);
+        continue;  // the whole warp
       }
-      const bool is_key = head < p.n_heads + p.n_kv_heads;
-      const int64_t kv_head = head - p.n_heads - (is_key ? 0 : p.n_kv_heads);
-      X* cache = static_cast<X*>(is_key ? p.k_cache : p.v_cache);
-      to = cache + ((b * p.n_kv_heads + kv_head) * p.T + place) * p.D;
-      if (!is_key) {
-        to[first] = x_a;
-        to[second] = x_b;
-        continue;
-      }
+      const int64_t kv_head = head - (is_turned ? p.n_heads : n_qk);
+      const int64_t at = ((b * p.n_kv_heads + kv_head) * p.T + place) * p.D;
+      if (is_turned) to = reinterpret_cast<Vector*>(static_cast<X*>(p.k_cache) + at);
+      if (!is_turned || p.values_are_keys)
+        to_value = reinterpret_cast<Vector*>(static_cast<X*>(p.v_cache) + at);
     }
-    const int64_t row = s * p.table_D;
-    const int64_t at_a = row + (p.table_D == p.D ? first : i);
-    const int64_t at_b = row + (p.table_D == p.D ? second : i);
-    const C* cos = static_cast<const C*>(p.cos);
-    const C* sin = static_cast<const C*>(p.sin);
-    const float a = as_float(x_a), b_value = as_float(x_b);
-    // Never contracted: an fma would leave one product unrounded.
-    const float a_cos = rounded_to<C>(__fmul_rn(a, as_float(cos[at_a])));
-    const float b_sin = rounded_to<C>(__fmul_rn(b_value, as_float(sin[at_a])));
-    const float b_cos = rounded_to<C>(__fmul_rn(b_value, as_float(cos[at_b])));
-    const float a_sin = rounded_to<C>(__fmul_rn(a, as_float(sin[at_b])));
-    to[first] = from_float<X>(rounded_to<C>(__fsub_rn(a_cos, b_sin)));
-    to[second] = from_float<X>(rounded_to<C>(__fadd_rn(b_cos, a_sin)));
+
+    float factor = 1.f;
+    if (is_normed) {
+      float sum = 0.f;
+      const auto add_squares = [&](const Vector& vector) {
+#pragma unroll
+        for (int i = 0; i < kVec; ++i) {
+          const float value = as_float(vector.values[i]);
+          sum = fmaf(value, value, sum);
+        }
+      };
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) {
+        if (lane + 32 * i < n_vectors) add_squares(pieces[i].own);
+      }
+      for (int64_t v = lane + 32 * kHeld; v < n_vectors; v += 32) add_squares(from[v]);
+      factor = 1.f / sqrtf(warp_sum(sum) / static_cast<float>(p.D) + p.eps);
+    }
+
+    const auto write = [&](const Piece<X, C, W, kVec>& piece, int64_t v) {
+      if (to_value != nullptr) to_value[v] = piece.own;
+      if (to != nullptr) to[v] = piece.turned(p, is_normed, factor, v);
+    };
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      if (lane + 32 * i < n_vectors) write(pieces[i], lane + 32 * i);
+    }
+    for (int64_t v = lane + 32 * kHeld; v < n_vectors; v += 32) {
+      Piece<X, C, W, kVec> piece;
+      if (is_normed) piece.load_weights(p, weight, weight_dtype, v);
+      piece.load(p, from, s, is_turned, v);
+      write(piece, v);
+    }
   }
 }
 
-template <typename X, typename C>
+template <typename X, typename C, typename W, int kVec>
 cudaError_t launch(const RopeAppendKernelArgs& args, cudaStream_t stream) {
-  const int64_t n_pairs = args.B * args.S * (args.n_heads + 2 * args.n_kv_heads) * (args.D / 2);
-  const int64_t blocks = (n_pairs + kThreads - 1) / kThreads;
+  const int64_t n_given = args.n_heads + (args.values_are_keys ? 1 : 2) * args.n_kv_heads;
+  const int64_t blocks = (args.B * args.S * n_given + kHeads - 1) / kHeads;
   if (blocks == 0) return cudaSuccess;
-  return launch_dependent(rope_append_kernel<X, C>,
+  return launch_dependent(rope_append_kernel<X, C, W, kVec>,
                           static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks),
-                          kThreads, 0, stream, args);
+                          dim3(32, kHeads), 0, stream, args);
+}
+
+template <typename X, typename C>
+cudaError_t choose_weight(const RopeAppendKernelArgs& args, cudaStream_t stream) {
+  constexpr int kVec = kElemsPer16Bytes<X>;
+  uintptr_t pointers = 0;
+  for (const void* pointer :
+       {args.qkv, args.cos, args.sin, args.q_norm, args.k_norm,
+        static_cast<const void*>(args.k_cache), static_cast<const void*>(args.v_cache),
+        static_cast<const void*>(args.q)})
+    pointers |= reinterpret_cast<uintptr_t>(pointer);
+  const auto weights_are = [&](DType dtype) {
+    return (args.q_norm == nullptr || args.q_norm_dtype == dtype) &&
+           (args.k_norm == nullptr || args.k_norm_dtype == dtype);
+  };
+  if (args.D % (2 * kVec) == 0 && pointers % 16 == 0) {
+    if (weights_are(args.dtype)) return launch<X, C, X, kVec>(args, stream);
+    if (weights_are(DType::kFloat32)) return launch<X, C, float, kVec>(args, stream);
+  }
+  return launch<X, C, AnyFloat, 1>(args, stream);
 }
 
 template <typename X>
 cudaError_t choose(const RopeAppendKernelArgs& args, cudaStream_t stream) {
-  return args.table_dtype == DType::kFloat32 ? launch<X, float>(args, stream)
-                                             : launch<X, X>(args, stream);
+  return args.table_dtype == DType::kFloat32 ? choose_weight<X, float>(args, stream)
+                                             : choose_weight<X, X>(args, stream);
 }
 
 }  // namespace

@@ -17,11 +17,16 @@ struct RopeAppendKernelArgs {  // device pointers; sizes in elements
   const void* cos;
   const void* sin;
   const void* input_pos;
+  const void* q_norm;  // nullptr: none
+  const void* k_norm;  // nullptr: none
   void* q;
-  DType dtype, table_dtype;
+  DType dtype, table_dtype, q_norm_dtype, k_norm_dtype;
   bool pos_is_int64, interleaved;
+  bool values_are_keys;   // qkv has no heads of values
+  bool constant_weights;  // ExecutionContext
   int64_t B, S, n_heads, n_kv_heads, T, D;
   int64_t table_D;  // D or D / 2
+  float eps;
   FaultNote note;
 };
 
