@@ -11,8 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from executorch.exir import ExecutorchProgramManager, to_edge_transform_and_lower
+from executorch.exir import (
+    EdgeCompileConfig,
+    ExecutorchProgramManager,
+    to_edge_transform_and_lower,
+)
 from torch import nn
+from torch.export import ExportedProgram
 
 from ._native import EXPORT_DEVICES
 from .partitioner import CudaInt4Partitioner
@@ -101,7 +106,10 @@ def export(
         check_constants(program)
         advance(1)
         edge = to_edge_transform_and_lower(
-            program, partitioner=[partitioner], constant_methods=constant_methods
+            program,
+            partitioner=[partitioner],
+            constant_methods=constant_methods,
+            compile_config=_compile_config(program),
         )
         advance(1)
         manager = edge.to_executorch()
@@ -142,6 +150,24 @@ def save(manager: ExecutorchProgramManager, path: str | os.PathLike[str]) -> Pat
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return target
+
+
+def _compile_config(program: ExportedProgram) -> EdgeCompileConfig | None:
+    """None, or one without ExecuTorch's check of dtypes where that would fix a dynamic batch.
+
+    For an op that gives a list of tensors (split, chunk, unbind) the check takes ``len()`` of the
+    first of them: the size of its first dimension, which becomes the example's for good.
+    """
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, (list, tuple)) and any(
+            isinstance(part, torch.Tensor)
+            and part.dim()
+            and isinstance(part.shape[0], torch.SymInt)
+            for part in value
+        ):
+            return EdgeCompileConfig(_check_ir_validity=False)
+    return None
 
 
 def _checked_path(path: str | os.PathLike[str]) -> Path:

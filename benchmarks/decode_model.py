@@ -4,17 +4,21 @@ One module serves Llama and Gemma style models: pre-norms (and post-norms), grou
 key-value cache, rotary positions, gated feed-forward, an embedding of its own or the head's.
 
     build("llama-3-8b", max_context=8704, ...)(tokens [1, S], input_pos [S]) -> logits [1, vocab]
+    build(..., max_sequences=16)(tokens [B, S], input_pos [B, S]) -> logits [B, vocab], B <= 16
 
-The logits are those of the last token. Linears that read the same x are one (query, key and value;
-gate and up), so the (N, K) are those of shapes.py. What differs from the released models: nothing
-is trained, rotary positions turn whole heads at one base per kind of layer, a sliding layer keeps
-the whole context in its cache, and norms have weights near 1 that are multiplied as they are.
+The logits are those of the last token of each row. Of several sequences row b is in row b of every
+cache, at positions of its own; a shorter one repeats its last token and that token's position.
+Linears that read the same x are one (query, key and value; gate and up), so the (N, K) are those of
+shapes.py. What differs from the released models: nothing is trained, rotary positions turn whole
+heads at one base per kind of layer, a sliding layer keeps the whole context in its cache, and norms
+have weights near 1 that are multiplied as they are.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -109,15 +113,33 @@ MODELS = {
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn x [B, heads, T, head_dim] by the angles of cos and sin [T, head_dim]."""
+    """Turn x [B, heads, T, head_dim] by the angles of cos and sin [T, head_dim] or [B, 1, T, .]."""
     a, b = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-b, a), dim=-1) * sin
+
+
+class Place(NamedTuple):
+    """Where the tokens of a call stand: what all attention layers of one kind share."""
+
+    cos: Tensor  # [T, head_dim], or [B, 1, T, head_dim] of several sequences
+    sin: Tensor
+    mask: Tensor  # [T, max_context] or [B, 1, T, max_context]
+    input_pos: Tensor  # [T] or [B, T]
+    row: Tensor | None  # of the cache: None, or 0..B-1 as [B, 1]
+
+
+def append(cache: Tensor, x: Tensor, place: Place) -> Tensor:
+    """Write x [B, heads, T, head_dim] to its place in the cache; returns the cache's first B."""
+    if place.row is None:
+        return cache.index_copy_(2, place.input_pos, x)
+    cache[place.row, :, place.input_pos] = x.transpose(1, 2)
+    return cache[: x.shape[0]]
 
 
 class Attention(nn.Module):
     """Grouped-query attention over a cache of its own."""
 
-    def __init__(self, config: Config, kind: AttentionShape, max_context: int):
+    def __init__(self, config: Config, kind: AttentionShape, max_context: int, max_sequences: int):
         super().__init__()
         self.kind = kind
         self.wqkv = nn.Linear(config.dim, kind.projected, bias=False)
@@ -126,14 +148,12 @@ class Attention(nn.Module):
             self.q_norm = nn.RMSNorm(kind.head_dim, eps=config.norm_eps)
             self.k_norm = nn.RMSNorm(kind.head_dim, eps=config.norm_eps)
         self.scale = 1.0 if config.gemma else kind.head_dim**-0.5
-        shape = (1, kind.n_kv_heads, max_context, kind.head_dim)
+        shape = (max_sequences, kind.n_kv_heads, max_context, kind.head_dim)
         self.register_buffer("k_cache", torch.zeros(shape), persistent=False)
         self.register_buffer("v_cache", torch.zeros(shape), persistent=False)
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, input_pos: Tensor, mask: Tensor
-    ) -> Tensor:
-        """Append x [1, T, dim] to the cache and attend under ``mask`` [T, max_context]."""
+    def forward(self, x: Tensor, place: Place) -> Tensor:
+        """Append x [B, T, dim] to the cache and attend over it."""
         kind = self.kind
         B, T, _ = x.shape
         heads = self.wqkv(x).view(B, T, kind.projected // kind.head_dim, kind.head_dim)
@@ -141,15 +161,15 @@ class Attention(nn.Module):
         if hasattr(self, "q_norm"):
             q = self.q_norm(heads[:, : kind.n_heads])
             k = self.k_norm(heads[:, kind.n_heads : kind.n_heads + kind.n_kv_heads])
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            q, k = rotate(q, place.cos, place.sin), rotate(k, place.cos, place.sin)
         else:  # both at once
-            turned = rotate(heads[:, : kind.n_heads + kind.n_kv_heads], cos, sin)
+            n_turned = kind.n_heads + kind.n_kv_heads
+            turned = rotate(heads[:, :n_turned], place.cos, place.sin)
             q, k = turned.split([kind.n_heads, kind.n_kv_heads], dim=1)
         v = heads[:, -kind.n_kv_heads :]
-        k = self.k_cache.index_copy_(2, input_pos, k)
-        v = self.v_cache.index_copy_(2, input_pos, v)
+        k, v = append(self.k_cache, k, place), append(self.v_cache, v, place)
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, scale=self.scale, enable_gqa=True
+            q, k, v, attn_mask=place.mask, scale=self.scale, enable_gqa=True
         )
         return self.wo(y.transpose(1, 2).reshape(B, T, kind.n_heads * kind.head_dim))
 
@@ -164,7 +184,7 @@ class FeedForward(nn.Module):
         self.w2 = nn.Linear(config.hidden_dim, config.dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map x [1, T, dim] to the same shape."""
+        """Map x [B, T, dim] to the same shape."""
         gate, up = self.w13(x).chunk(2, dim=-1)
         gate = F.gelu(gate, approximate="tanh") if self.gelu else F.silu(gate)
         return self.w2(gate * up)
@@ -173,9 +193,9 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """One layer; Gemma norms what attention and feed-forward give, too."""
 
-    def __init__(self, config: Config, kind: AttentionShape, max_context: int):
+    def __init__(self, config: Config, kind: AttentionShape, max_context: int, max_sequences: int):
         super().__init__()
-        self.attention = Attention(config, kind, max_context)
+        self.attention = Attention(config, kind, max_context, max_sequences)
         self.feed_forward = FeedForward(config)
         self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
@@ -183,11 +203,9 @@ class Block(nn.Module):
             self.attention_post_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
             self.ffn_post_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, input_pos: Tensor, mask: Tensor
-    ) -> Tensor:
-        """Map x [1, T, dim] to the same shape."""
-        y = self.attention(self.attention_norm(x), cos, sin, input_pos, mask)
+    def forward(self, x: Tensor, place: Place) -> Tensor:
+        """Map x [B, T, dim] to the same shape."""
+        y = self.attention(self.attention_norm(x), place)
         x = x + (self.attention_post_norm(y) if hasattr(self, "attention_post_norm") else y)
         y = self.feed_forward(self.ffn_norm(x))
         return x + (self.ffn_post_norm(y) if hasattr(self, "ffn_post_norm") else y)
@@ -196,11 +214,13 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """The model; see the head of this file. ``build`` fills its buffers."""
 
-    def __init__(self, config: Config, max_context: int):
+    def __init__(self, config: Config, max_context: int, max_sequences: int = 1):
         super().__init__()
         self.config, self.max_context = config, max_context
         kinds = [config.kinds[i % len(config.kinds)] for i in range(config.n_layers)]
-        self.layers = nn.ModuleList(Block(config, kind, max_context) for kind in kinds)
+        self.layers = nn.ModuleList(
+            Block(config, kind, max_context, max_sequences) for kind in kinds
+        )
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         if not config.gemma:
@@ -212,23 +232,32 @@ class Decoder(nn.Module):
                 table = torch.empty(max_context, kind.head_dim)
                 self.register_buffer(f"{name}_{index}", table, persistent=False)
         self.register_buffer("key_pos", torch.arange(max_context), persistent=False)
+        if max_sequences > 1:
+            self.register_buffer("sequences", torch.arange(max_sequences), persistent=False)
 
     def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
-        """Logits [1, vocab_size] of the last of tokens [1, T], at input_pos [T] of the context."""
-        turns = []
+        """Logits [B, vocab_size] of the last of tokens [B, T], at ``input_pos`` of the context.
+
+        ``input_pos`` is [T] and B is 1, or [B, T] where the model holds several sequences.
+        """
+        row, places = None, []
+        if input_pos.dim() == 2:  # of a buffer: ExecuTorch makes a torch.arange(B) of one length
+            row = self.sequences[: input_pos.shape[0]].unsqueeze(1)
         for index, kind in enumerate(self.distinct):
-            mask = self.key_pos <= input_pos.unsqueeze(1)
+            mask = self.key_pos <= input_pos.unsqueeze(input_pos.dim())
             if kind.window:
-                mask = mask & (self.key_pos > input_pos.unsqueeze(1) - kind.window)
+                mask = mask & (self.key_pos > input_pos.unsqueeze(input_pos.dim()) - kind.window)
             cos = getattr(self, f"rope_cos_{index}")[input_pos]
             sin = getattr(self, f"rope_sin_{index}")[input_pos]
-            turns.append((cos, sin, input_pos, mask))
+            if row is not None:  # the same for all heads
+                mask, cos, sin = mask.unsqueeze(1), cos.unsqueeze(1), sin.unsqueeze(1)
+            places.append(Place(cos, sin, mask, input_pos, row))
         if self.config.gemma:
             x = F.embedding(tokens, self.output.weight) * math.sqrt(self.config.dim)
         else:
             x = self.tok_embeddings(tokens)
         for layer, index in zip(self.layers, self.kind_of_layer, strict=True):
-            x = layer(x, *turns[index])
+            x = layer(x, places[index])
         logits = self.output(self.norm(x[:, -1]))
         cap = self.config.logit_cap
         return torch.tanh(logits / cap) * cap if cap else logits
@@ -342,13 +371,14 @@ def build(
     activation: str = "none",
     dense_head: bool = False,
     layout_tag: str = COALESCED,
+    max_sequences: int = 1,
 ) -> Decoder:
     """A model in eval mode whose linears, and head unless it is dense, hold random int4 weights.
 
     Everything else has ``dtype``. The dense form of an int4 weight is never made.
     """
     with torch.device("meta"):
-        model = Decoder(config, max_context)
+        model = Decoder(config, max_context, max_sequences)
     weights = RandomWeights(dtype, group_size, zero_points, activation, layout_tag)
     for module in model.modules():
         if module is model.output and dense_head:
@@ -382,3 +412,5 @@ def _fill_buffers(model: Decoder, dtype: torch.dtype) -> None:
         setattr(model, f"rope_cos_{index}", angles.cos().to(dtype))
         setattr(model, f"rope_sin_{index}", angles.sin().to(dtype))
     model.key_pos = torch.arange(model.max_context)
+    if hasattr(model, "sequences"):
+        model.sequences = torch.arange(len(model.sequences))
