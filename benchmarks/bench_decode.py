@@ -6,7 +6,8 @@
 The model (decode_model.py) is exported on this machine, with the standard calls, and run by the
 C++ decode loop: ``prefill`` rows are the tokens per second at which a prompt is read (the first
 token is chosen from it), ``decode`` rows the tokens per second that follow a prompt of that many
-tokens, ``step of 16`` rows those of calls that take 16 tokens behind it, as speculative decoding
+tokens, ``generate`` rows those of whole generations behind a prompt, the median of several, and
+``step of 16`` rows those of calls that take 16 tokens behind it, as speculative decoding
 makes them (the linears then have 16 rows of x). Of each decode row the first tokens are not
 counted: they make the CUDA graph.
 ``floor_fraction`` is the share of the memory floor: the bytes that a token needs (the int4 weights,
@@ -15,6 +16,10 @@ H200, over the time taken.
 
 The program is run twice on the same prompt, with CUDA graphs and without, before anything is timed:
 the tokens must be the same and the logits finite.
+
+Behind a ``prefill`` row stands, on a GPU, how long the linears of that prompt take as bfloat16
+matmuls of cuBLAS, in the same run and in turns with it. ``--profile`` takes a token apart, and a
+prompt: profile_decode.py says how.
 """
 
 from __future__ import annotations
@@ -33,9 +38,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 import cuda_int4
 import decode_model
+import linear_cuda
+import plot_linear
+import profile_decode
 from cuda_int4.layouts import COALESCED
 from cuda_int4.marlin_layouts import MARLIN, MARLIN24
 from cuda_int4.model import Model, Profile
@@ -51,6 +60,7 @@ STEP_TOKENS = 16
 STEP_RUNS = 20
 UNCOUNTED_TOKENS = 4
 CHECKED_TOKENS = 8
+PROFILE_ROUNDS = 7
 MAX_SEQ_LEN = 2048  # tokens that one forward takes; longer prompts are read in parts
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -87,6 +97,7 @@ def export(config: decode_model.Config, options: argparse.Namespace, path: Path)
     fusions = options.fusions
     max_new_tokens = max(options.new_tokens, STEP_TOKENS)
     max_context = max(options.context + options.prefill) + max_new_tokens + CHECKED_TOKENS
+    max_context = max(max_context, options.prompt + options.generate)
     model = decode_model.build(
         config,
         max_context=max_context,
@@ -151,20 +162,76 @@ def check(path: Path, prompt: Sequence[int], options: argparse.Namespace, model:
         )
 
 
+class CublasLinears:
+    """The linears of a prompt as matmuls of cuBLAS in bfloat16, recorded in a CUDA graph.
+
+    A prompt is read in parts of MAX_SEQ_LEN. Layers share weights, which together pass the L2.
+    """
+
+    def __init__(self, config: decode_model.Config, n_tokens: int) -> None:
+        """Record it."""
+        *linears, head = config.linears
+        generator = torch.Generator("cuda").manual_seed(0)
+
+        def random(*shape: int) -> torch.Tensor:
+            values = torch.randn(shape, device="cuda", dtype=torch.bfloat16, generator=generator)
+            return values * shape[-1] ** -0.5
+
+        weights = {shape: random(*shape) for shape in {*linears, head}}
+        parts = {min(MAX_SEQ_LEN, n_tokens - at) for at in range(0, n_tokens, MAX_SEQ_LEN)}
+        x = {(M, K): random(M, K) for M in {*parts, 1} for _, K in weights}
+
+        def run() -> None:
+            for at in range(0, n_tokens, MAX_SEQ_LEN):
+                M = min(MAX_SEQ_LEN, n_tokens - at)
+                for N, K in linears:
+                    F.linear(x[M, K], weights[N, K])
+                F.linear(x[1, head[1]], weights[head])
+
+        run()
+        self._kept = weights, x
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            run()
+
+    def time_us(self) -> float:
+        """Of one replay."""
+        return linear_cuda.best_time_s(self._graph.replay, 1) * 1e6
+
+
 def measure(
     model: Model, config: decode_model.Config, weight_bytes: int, options: argparse.Namespace
 ) -> list[Row]:
     """All rows."""
     generator = torch.Generator().manual_seed(0)
-    longest = max(options.context + options.prefill)
+    longest = max([*options.context, *options.prefill, options.prompt])
     prompt = torch.randint(0, config.vocab_size, (longest,), generator=generator).tolist()
     rows = []
     for n in options.prefill:
-        runs = [model.generate(prompt[:n], max_new_tokens=1) for _ in range(options.runs + 1)]
-        times = [run.stats.prefill_s * 1e6 for run in runs[1:]]  # the first is eager
+        rival = CublasLinears(config, n) if options.device == "cuda" else None
+        times, rival_times = [], []
+        for turn in range(options.runs + 1):
+            run = model.generate(prompt[:n], max_new_tokens=1)
+            rival_us = rival.time_us() if rival else 0.0
+            if turn:  # the first is eager
+                times.append(run.stats.time_to_first_token_s * 1e6)
+                rival_times.append(rival_us)
         rows.append(Row("prefill", n, times, n))
         print(f"prefill {n}: {rows[-1].tokens_per_s:.0f} tokens/s", file=sys.stderr)
+        if rival:
+            rows.append(Row("linears by cuBLAS", n, rival_times, n))
     element_bytes = DTYPES[options.dtype].itemsize
+    if options.generate:
+        n = options.prompt
+        times = []
+        for turn in range(options.repeat + 1):
+            run = model.generate(prompt[:n], max_new_tokens=options.generate)
+            if turn:
+                times.append(1e6 / run.stats.decode_tokens_per_s)
+        needed = weight_bytes + config.cache_bytes_read(n + options.generate // 2, element_bytes)
+        floor_us = needed / BUS_BYTES_PER_S * 1e6
+        rows.append(Row(f"generate {options.generate}", n, times, 1, floor_us))
+        print(f"generate behind {n}: {rows[-1].tokens_per_s:.1f} tokens/s", file=sys.stderr)
     for n in options.context:
         stamps: list[float] = []
         run = model.generate(
@@ -192,6 +259,33 @@ def measure(
         times = times[UNCOUNTED_TOKENS:]
         rows.append(Row(f"step of {STEP_TOKENS}", n, times, STEP_TOKENS, floor_us))
     return rows
+
+
+def take_apart(
+    model: Model, config: decode_model.Config, options: argparse.Namespace
+) -> list[profile_decode.TokenProfile]:
+    """Where a token goes at the shortest and the longest context, and a prompt."""
+    on_gpu = options.device == "cuda"
+    flops = linear_cuda.matmul_ceiling() if on_gpu else 0.0
+
+    def measured(n_tokens: int, at: int, title: str, whole: bool) -> profile_decode.TokenProfile:
+        form = profile_decode.Form(
+            config, options.group_size, options.zero_points, LAYOUTS[options.layout],
+            DTYPES[options.dtype].itemsize, n_tokens, at, flops,
+        )  # fmt: skip
+        tokens = torch.arange(n_tokens).unsqueeze(0) % config.vocab_size
+        inputs = (tokens, torch.arange(at, at + n_tokens))
+        rounds = PROFILE_ROUNDS if whole else 1
+        return profile_decode.measure(
+            model, inputs, title, form, on_gpu=on_gpu, rounds=rounds, whole=whole
+        )
+
+    profiles = [
+        measured(1, n, f"a token behind {n}", True)
+        for n in sorted({min(options.context), max(options.context)})
+    ]
+    n = min(MAX_SEQ_LEN, max(options.prefill))
+    return [*profiles, measured(n, 0, f"a prompt of {n}", False)]
 
 
 def profile(
@@ -305,7 +399,8 @@ def run(options: argparse.Namespace, folder: Path) -> None:
         model = load(path, options.device, options.cuda_graph)
     with model:
         rows = measure(model, config, weight_bytes, options)
-        profiles = profile(model, config, options)
+        profiles = {} if options.profile else profile(model, config, options)
+        apart = take_apart(model, config, options) if options.profile else []
         use = model.device_use()
     where = machine_name(options.device)
     if options.device == "cuda":
@@ -325,7 +420,15 @@ def run(options: argparse.Namespace, folder: Path) -> None:
     if found:
         notes.append(f"the program, {path.name}, was exported before")
     as_csv, as_markdown = report(rows, config, notes, use.peak_device_bytes / 1e6, options)
-    as_markdown += "\n".join(op_table(profiles)) + "\n"
+    lines = op_table(profiles) if profiles else []
+    lines += [line for one in apart for line in profile_decode.table(one)]
+    if apart:
+        lines += ["", *profile_decode.LEGEND]
+        note = f"{options.model}, {options.layout}, {notes[0]}"
+        if options.out is not None:
+            profile_decode.write(apart, note, options.out.with_suffix(".profile.csv"))
+        profile_decode.draw(apart, note, options.profile)
+    as_markdown += "\n".join(lines) + "\n"
     print(as_markdown)
     if options.out is not None:
         options.out.write_text(as_csv)
@@ -354,6 +457,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prefill", type=int, nargs="+", default=[512, 2048])
     parser.add_argument("--new-tokens", type=int, default=64, help="per context")
     parser.add_argument("--runs", type=int, default=3, help="of each prefill")
+    parser.add_argument("--prompt", type=int, default=128, help="tokens before --generate")
+    parser.add_argument(
+        "--generate", type=int, default=512, help="tokens of whole generations; 0: none"
+    )
+    parser.add_argument("--repeat", type=int, default=5, help="of --generate")
+    parser.add_argument(
+        "--profile",
+        type=Path,
+        nargs="?",
+        const=Path("decode_profile.png"),
+        metavar="PNG",
+        help="take a token and a prompt apart and draw them (%(const)s); needs matplotlib",
+    )
     parser.add_argument(
         "--no-cuda-graph", dest="cuda_graph", action="store_false", help="launch kernel by kernel"
     )
@@ -379,6 +495,13 @@ def command(options: argparse.Namespace) -> int:
             f"bench decode: expected --new-tokens of at least {UNCOUNTED_TOKENS + 2}, got "
             f"{options.new_tokens}; the first {UNCOUNTED_TOKENS} are not counted"
         )
+    if options.generate == 1 or min(options.generate, options.repeat - 1, options.prompt - 1) < 0:
+        raise ValueError(
+            "bench decode: expected --generate of 0 or at least 2, --repeat and --prompt of at "
+            f"least 1, got {options.generate}, {options.repeat} and {options.prompt}"
+        )
+    if options.profile:
+        plot_linear.require_matplotlib()
     if options.zero_points and options.layout == "marlin24":
         raise ValueError(
             "bench decode: expected --layout marlin24 without --zero-points, got both; 2:4 kernels "
