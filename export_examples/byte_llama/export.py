@@ -7,7 +7,9 @@
 
 ``forward(tokens [1, S] int64, input_pos [S] int64) -> logits [1, S, 256]`` with S from 1 to the
 context's length; the key-value cache lives in the program. The constant methods are those that
-executorch's TextLLMRunner asks for.
+executorch's TextLLMRunner asks for. With ``--max-sequences 16`` it is ``forward(tokens [B, S],
+input_pos [B, S]) -> logits [B, 256]`` with B from 1 to 16, each row a text of its own (model.py),
+which ``cuda-int4 run --prompts`` drives and that runner does not; ``get_max_batch`` says 16.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ def build(
     prune: bool = False,
     dtype: torch.dtype = torch.bfloat16,
     max_context: int = 2048,
+    max_sequences: int = 1,
     external_weights: bool = False,
 ) -> tuple[ByteLlama, str]:
     """Quantize, export, and write ``path``; with ``prune``, made 2:4 by magnitude before.
@@ -45,7 +48,7 @@ def build(
     Returns:
         The eager model with the same int4 weights and an empty cache, and the path written.
     """
-    model = load(weights, max_context=max_context, dtype=dtype)
+    model = load(weights, max_context=max_context, dtype=dtype, max_sequences=max_sequences)
     if prune:
         cuda_int4.prune_24_(model)
     config = cuda_int4.Int4Config(
@@ -56,12 +59,12 @@ def build(
         activation=activation,
     )
     cuda_int4.quantize_(model, config)
-    length = torch.export.Dim("length", min=1, max=max_context)
+    example, dynamic_shapes = example_call(max_context, max_sequences)
     written = cuda_int4.export(
         model,
-        (torch.zeros(1, 8, dtype=torch.long), torch.arange(8)),
+        example,
         path,
-        dynamic_shapes=({1: length}, {0: length}),
+        dynamic_shapes=dynamic_shapes,
         layout=layout,
         activation=activation,
         constant_methods={
@@ -73,10 +76,22 @@ def build(
             "use_kv_cache": True,
             "enable_dynamic_shape": True,
             "use_sdpa_with_kv_cache": False,
+            **({"get_max_batch": max_sequences} if max_sequences > 1 else {}),
         },
         external_weights=external_weights,
     )
     return model, str(written)
+
+
+def example_call(
+    max_context: int, max_sequences: int
+) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[dict, dict]]:
+    """Tokens and positions to export with, and which of their sizes are free."""
+    length = torch.export.Dim("length", min=1, max=max_context)
+    if max_sequences == 1:
+        return (torch.zeros(1, 8, dtype=torch.long), torch.arange(8)), ({1: length}, {0: length})
+    free = {0: torch.export.Dim("sequences", min=1, max=max_sequences), 1: length}
+    return (torch.zeros(2, 8, dtype=torch.long), torch.arange(8).repeat(2, 1)), (free, free)
 
 
 @dataclasses.dataclass
@@ -148,9 +163,14 @@ def main() -> None:
     parser.add_argument("--prune", action="store_true", help="make the weights 2:4 before")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
     parser.add_argument("--max-context", type=int, default=2048)
+    parser.add_argument(
+        "--max-sequences", type=int, default=1, help="texts to go on with in one call, up to"
+    )
     parser.add_argument("--external-weights", action="store_true", help="weights in a .ptd")
     parser.add_argument("--check", type=int, default=0, help="compare this many tokens with eager")
     args = parser.parse_args()
+    if args.check and args.max_sequences > 1:
+        parser.error("--check compares a program of one sequence: leave out --max-sequences")
     model, path = build(
         args.output,
         weights=args.weights,
@@ -162,6 +182,7 @@ def main() -> None:
         prune=args.prune,
         dtype=DTYPES[args.dtype],
         max_context=args.max_context,
+        max_sequences=args.max_sequences,
         external_weights=args.external_weights,
     )
     print(f"{path}: {Path(path).stat().st_size / 1e6:.2f} MB")

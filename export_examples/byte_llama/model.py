@@ -7,6 +7,13 @@ and decoded:
     ByteLlama(Config())(tokens [B, T])                                   -> logits [B, T, 256]
     ByteLlama(Config(), max_context=2048)(tokens [1, S], input_pos [S])  -> logits [1, S, 256]
 
+With ``max_sequences`` > 1 the cache has a row for each of as many texts. Row b of tokens goes on
+with text b, at positions of its own; shorter rows repeat their last token and its position. The
+logits are those of each row's last token:
+
+    ByteLlama(Config(), max_context=2048, max_sequences=16)(tokens [B, S], input_pos [B, S])
+                                                                         -> logits [B, 256]
+
 Tokens are bytes (int64); byte 0 begins and ends a text. Every K and N is a multiple of 128.
 """
 
@@ -16,6 +23,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -44,15 +52,33 @@ class Config:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn x [B, heads, T, head_dim] by the angles of cos and sin [T, head_dim / 2] (RoPE)."""
+    """Turn x [B, heads, T, head_dim] by angles [T, head_dim / 2] or [B, 1, T, .] (RoPE)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
+
+
+class Place(NamedTuple):
+    """Where the tokens of a call stand: what all layers share."""
+
+    cos: Tensor  # [T, head_dim / 2], or [B, 1, T, head_dim / 2] of several sequences
+    sin: Tensor
+    mask: Tensor | None = None  # over the cache: [T, max_context] or [B, 1, T, max_context]
+    input_pos: Tensor | None = None  # in the cache: [T] or [B, T]; None: there is none
+    row: Tensor | None = None  # of the cache: 0..B-1 as [B, 1]; None: it has one
+
+
+def append(cache: Tensor, x: Tensor, place: Place) -> Tensor:
+    """Write x [B, heads, T, head_dim] to its place in the cache; returns the cache's first B."""
+    if place.row is None:
+        return cache.index_copy_(2, place.input_pos, x)
+    cache[place.row, :, place.input_pos] = x.transpose(1, 2)
+    return cache[: x.shape[0]]
 
 
 class Attention(nn.Module):
     """Causal grouped-query attention; with ``max_context`` > 0 it owns a key-value cache."""
 
-    def __init__(self, config: Config, max_context: int):
+    def __init__(self, config: Config, max_context: int, max_sequences: int):
         super().__init__()
         self.n_heads, self.n_kv_heads, self.head_dim = (
             config.n_heads,
@@ -64,24 +90,21 @@ class Attention(nn.Module):
         self.wv = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
         self.wo = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
         if max_context:
-            cache = torch.zeros(1, config.n_kv_heads, max_context, config.head_dim)
+            cache = torch.zeros(max_sequences, config.n_kv_heads, max_context, config.head_dim)
             self.register_buffer("k_cache", cache, persistent=False)
             self.register_buffer("v_cache", cache.clone(), persistent=False)
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, input_pos: Tensor | None, mask: Tensor | None
-    ) -> Tensor:
-        """Attend over x, or with ``input_pos`` over the cache under ``mask`` [S, max_context]."""
+    def forward(self, x: Tensor, place: Place) -> Tensor:
+        """Attend over x [B, T, dim], or over the cache with x appended to it."""
         B, T, _ = x.shape
         q = self.wq(x).view(B, T, self.n_heads, self.head_dim).transpose(1, 2)
         k = self.wk(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)
         v = self.wv(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if input_pos is not None:
-            k = self.k_cache.index_copy_(2, input_pos, k)
-            v = self.v_cache.index_copy_(2, input_pos, v)
+        q, k = rotate(q, place.cos, place.sin), rotate(k, place.cos, place.sin)
+        if place.input_pos is not None:
+            k, v = append(self.k_cache, k, place), append(self.v_cache, v, place)
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=input_pos is None, enable_gqa=True
+            q, k, v, attn_mask=place.mask, is_causal=place.input_pos is None, enable_gqa=True
         )
         return self.wo(y.transpose(1, 2).reshape(B, T, self.n_heads * self.head_dim))
 
@@ -103,19 +126,17 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """One pre-norm layer; dropout, in training only, on what it adds to the residual stream."""
 
-    def __init__(self, config: Config, max_context: int, dropout: float):
+    def __init__(self, config: Config, max_context: int, max_sequences: int, dropout: float):
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.attention = Attention(config, max_context)
+        self.attention = Attention(config, max_context, max_sequences)
         self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.feed_forward = FeedForward(config)
         self.dropout = dropout
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, input_pos: Tensor | None, mask: Tensor | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, place: Place) -> Tensor:
         """Map x [B, T, dim] to the same shape."""
-        x = x + self.drop(self.attention(self.attention_norm(x), cos, sin, input_pos, mask))
+        x = x + self.drop(self.attention(self.attention_norm(x), place))
         return x + self.drop(self.feed_forward(self.ffn_norm(x)))
 
     def drop(self, x: Tensor) -> Tensor:
@@ -130,14 +151,21 @@ class ByteLlama(nn.Module):
         config: sizes.
         max_context: positions of the key-value cache; 0 makes a model without one.
         dropout: probability used in training mode.
+        max_sequences: rows of the key-value cache.
     """
 
-    def __init__(self, config: Config, max_context: int = 0, dropout: float = 0.0):
+    def __init__(
+        self,
+        config: Config,
+        max_context: int = 0,
+        dropout: float = 0.0,
+        max_sequences: int = 1,
+    ):
         super().__init__()
         self.config, self.max_context = config, max_context
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(
-            Block(config, max_context, dropout) for _ in range(config.n_layers)
+            Block(config, max_context, max_sequences, dropout) for _ in range(config.n_layers)
         )
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
@@ -148,6 +176,8 @@ class ByteLlama(nn.Module):
         self.register_buffer("rope_sin", angles.sin(), persistent=False)
         if max_context:
             self.register_buffer("key_pos", torch.arange(max_context), persistent=False)
+        if max_sequences > 1:
+            self.register_buffer("sequences", torch.arange(max_sequences), persistent=False)
 
     def init_weights(self) -> None:
         """Draw weights for training: std 0.02, smaller where a layer adds to the residual."""
@@ -172,20 +202,29 @@ class ByteLlama(nn.Module):
         return self
 
     def forward(self, tokens: Tensor, input_pos: Tensor | None = None) -> Tensor:
-        """Return logits [B, T, vocab_size]; ``input_pos`` [T]: places of tokens in the cache."""
-        if input_pos is None:
-            cos, sin, mask = (
-                self.rope_cos[: tokens.shape[1]],
-                self.rope_sin[: tokens.shape[1]],
-                None,
-            )
-        else:
-            cos, sin = self.rope_cos[input_pos], self.rope_sin[input_pos]
-            mask = self.key_pos <= input_pos.unsqueeze(1)
+        """Return logits [B, T, vocab_size], or [B, vocab_size] with ``input_pos`` [B, T].
+
+        ``input_pos``: places of tokens in the cache; [T] where that has one row.
+        """
+        place = self.place(tokens, input_pos)
         x = self.tok_embeddings(tokens)
         for layer in self.layers:
-            x = layer(x, cos, sin, input_pos, mask)
-        return self.output(self.norm(x))
+            x = layer(x, place)
+        return self.output(self.norm(x if place.row is None else x[:, -1]))
+
+    def place(self, tokens: Tensor, input_pos: Tensor | None) -> Place:
+        """Angles, and a mask if there is a cache."""
+        if input_pos is None:
+            T = tokens.shape[1]
+            return Place(self.rope_cos[:T], self.rope_sin[:T])
+        cos, sin = self.rope_cos[input_pos], self.rope_sin[input_pos]
+        mask = self.key_pos <= input_pos.unsqueeze(input_pos.dim())
+        if input_pos.dim() == 1:
+            return Place(cos, sin, mask, input_pos)
+        cos, sin, mask = cos.unsqueeze(1), sin.unsqueeze(1), mask.unsqueeze(1)  # for all heads
+        # Of a buffer: ExecuTorch makes a torch.arange(B) of one length.
+        row = self.sequences[: input_pos.shape[0]].unsqueeze(1)
+        return Place(cos, sin, mask, input_pos, row)
 
     @torch.no_grad()
     def generate(
@@ -211,7 +250,11 @@ class ByteLlama(nn.Module):
 
 
 def load(
-    path: str | Path = WEIGHTS, *, max_context: int = 0, dtype: torch.dtype = torch.float32
+    path: str | Path = WEIGHTS,
+    *,
+    max_context: int = 0,
+    dtype: torch.dtype = torch.float32,
+    max_sequences: int = 1,
 ) -> ByteLlama:
     """Load trained weights (safetensors, config in its metadata) into a model in eval mode.
 
@@ -227,7 +270,7 @@ def load(
         mask = (bits.unsqueeze(-1) >> torch.arange(8) & 1).bool().flatten(1)
         weight = torch.zeros(mask.shape, dtype=values.dtype)
         state[name.removesuffix(KEPT)] = weight.masked_scatter_(mask, values)
-    model = ByteLlama(config, max_context=max_context)
+    model = ByteLlama(config, max_context=max_context, max_sequences=max_sequences)
     model.load_state_dict(state)
     return model.cast(dtype).eval()
 
