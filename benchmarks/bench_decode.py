@@ -43,7 +43,6 @@ import torch.nn.functional as F
 import cuda_int4
 import decode_model
 import linear_cuda
-import plot_linear
 import profile_decode
 from cuda_int4.layouts import COALESCED
 from cuda_int4.marlin_layouts import MARLIN, MARLIN24
@@ -425,9 +424,7 @@ def run(options: argparse.Namespace, folder: Path) -> None:
     if apart:
         lines += ["", *profile_decode.LEGEND]
         note = f"{options.model}, {options.layout}, {notes[0]}"
-        if options.out is not None:
-            profile_decode.write(apart, note, options.out.with_suffix(".profile.csv"))
-        profile_decode.draw(apart, note, options.profile)
+        profile_decode.write_and_draw(apart, note, options.out or Path("decode.csv"))
     as_markdown += "\n".join(lines) + "\n"
     print(as_markdown)
     if options.out is not None:
@@ -464,11 +461,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeat", type=int, default=5, help="of --generate")
     parser.add_argument(
         "--profile",
-        type=Path,
-        nargs="?",
-        const=Path("decode_profile.png"),
-        metavar="PNG",
-        help="take a token and a prompt apart and draw them (%(const)s); needs matplotlib",
+        action="store_true",
+        help="take a token and a prompt apart; .profile.csv and .profile.png go beside --out",
     )
     parser.add_argument(
         "--no-cuda-graph", dest="cuda_graph", action="store_false", help="launch kernel by kernel"
@@ -500,8 +494,6 @@ def command(options: argparse.Namespace) -> int:
             "bench decode: expected --generate of 0 or at least 2, --repeat and --prompt of at "
             f"least 1, got {options.generate}, {options.repeat} and {options.prompt}"
         )
-    if options.profile:
-        plot_linear.require_matplotlib()
     if options.zero_points and options.layout == "marlin24":
         raise ValueError(
             "bench decode: expected --layout marlin24 without --zero-points, got both; 2:4 kernels "

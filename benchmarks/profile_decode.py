@@ -337,6 +337,19 @@ def _percent(us: float, total_us: float) -> str:
     return f"{100 * us / total_us:.1f}" if total_us > 0 else ""
 
 
+def write_and_draw(profiles: Sequence[TokenProfile], note: str, beside: Path) -> None:
+    """The table, and the picture where matplotlib is installed."""
+    to = beside.with_suffix(".profile.csv")
+    write(profiles, note, to)
+    try:
+        draw(profiles, note, to.with_suffix(".png"))
+    except ImportError as error:
+        print(
+            f"{error}; then: python benchmarks/profile_decode.py {to} -o {to.with_suffix('.png')}",
+            file=sys.stderr,
+        )
+
+
 def draw(profiles: Sequence[TokenProfile], note: str, to: Path) -> None:
     """Write the picture: a waterfall for each profile, ops in order, floors dark.
 
