@@ -241,6 +241,7 @@ class GenerateConfig(ctypes.Structure):
         ("n_stop_tokens", c_uint64),
         ("on_prefill", PrefillCallback),
     ]
+        ("min_p", c_double),
 
 
 class GenerateStats(ctypes.Structure):
@@ -265,6 +266,43 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "last_error": (c_char_p, []),
     "clear_last_error": (None, []),
     "cuda_built": (c_int32, []),
+class SampleRule(ctypes.Structure):
+    """kernels/sampling.h SampleRule."""
+
+    _fields_ = [
+        ("scale", c_double),
+        ("top_k", c_int64),
+        ("top_p", c_double),
+        ("min_weight", c_uint64),
+        ("seed", c_uint64),
+        ("sequence", c_uint64),
+    ]
+
+
+class SampleRow(ctypes.Structure):
+    """kernels/sampling.h SampleRow."""
+
+    _fields_ = [("rule", SampleRule), ("end_position", c_int64), ("step", c_uint64)]
+
+
+class SampleArgs(ctypes.Structure):
+    """kernels/sampling.h SampleArgs."""
+
+    _fields_ = [
+        ("logits", c_void_p),
+        ("n_rows", c_int64),
+        ("vocab_size", c_int64),
+        ("row_stride", c_int64),
+        ("dtype", c_int32),
+        ("is_greedy", c_int32),
+        ("rows", c_void_p),
+        ("tokens", c_void_p),
+        ("positions", c_void_p),
+        ("words", c_void_p),
+        ("n_slots", c_int64),
+    ]
+
+
     "cuda_available": (c_int32, []),
     "supported_ops": (c_char_p, [c_char_p]),
     "checksum": (c_uint32, [c_void_p, c_uint64]),
@@ -325,6 +363,8 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
             c_void_p,
             POINTER(c_int64),
             c_uint64,
+    "sample_rule": (c_int32, [POINTER(GenerateConfig), POINTER(SampleRule)]),
+    "sample_rows": (c_int32, [POINTER(SampleArgs), c_void_p]),
             c_int64,
             POINTER(GenerateConfig),
             TokenCallback,
@@ -533,6 +573,9 @@ __all__ = [
     "byref",
     "check",
     "checksum",
+    "SampleArgs",
+    "SampleRow",
+    "SampleRule",
     "last_error",
     "library",
     "package_dir",

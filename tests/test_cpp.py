@@ -50,6 +50,8 @@ def test_ctypes_mirrors_the_structs(programs):
         "AttentionArgs": _native.AttentionArgs,
         "RmsNormArgs": _native.RmsNormArgs,
         "SiluArgs": _native.SiluArgs,
+        "SampleRow": _native.SampleRow,
+        "SampleArgs": _native.SampleArgs,
         "cuda_int4_model_options": _native.ModelOptions,
         "cuda_int4_device_use": _native.DeviceUse,
         "cuda_int4_generate_config": _native.GenerateConfig,

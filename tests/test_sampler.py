@@ -116,6 +116,22 @@ def test_top_k_comes_before_top_p():
     assert set(draws(logits, 500, temperature=1.0, top_p=0.5, top_k=2)) == {0}
 
 
+@pytest.mark.parametrize("min_p", [1e-6, 0.1, 0.5, 1.0])
+def test_min_p_keeps_exactly_what_is_likely_enough(min_p):
+    logits = torch.randn(15, generator=torch.Generator().manual_seed(3)) * 0.7
+    p = torch.softmax(logits.double() / 0.5, 0)
+    expected = set(torch.nonzero(p >= p.max() * (min_p - 1e-12)).flatten().tolist())
+    found = set(draws(logits, 4_000, temperature=0.5, min_p=min_p))
+    assert found <= expected
+    assert found == expected or min_p < 0.1  # the unlikeliest may never come
+
+
+def test_min_p_comes_after_top_p():
+    logits = torch.log(torch.tensor([0.4, 0.3, 0.2, 0.1]))
+    # Of all, 0.5 needs two; of what min_p leaves (0.57, 0.43) it would need one.
+    assert set(draws(logits, 500, temperature=1.0, top_p=0.5, min_p=0.6)) == {0, 1}
+
+
 def test_low_temperature_is_greedy_and_masked_tokens_never_come():
     logits = torch.randn(50, generator=torch.Generator().manual_seed(4))
     assert set(draws(logits, 200, temperature=1e-30)) == {torch.argmax(logits).item()}
@@ -131,6 +147,8 @@ def test_a_draw_depends_on_seed_and_position_alone():
     assert first[31] == sample(logits, 31, temperature=1.0, seed=7)
     assert first != draws(logits, 50, temperature=1.0, seed=8)
     assert first != draws(logits, 50, temperature=1.0, seed=7 + 2**32)
+    assert first != draws(logits, 50, temperature=1.0, seed=7, sequence=1)
+    assert first != draws(logits, 50, temperature=1.0, seed=7, sequence=2**32)
     far = [sample(logits, 2**32 + i, temperature=1.0, seed=7) for i in range(50)]
     assert first != far
 
@@ -142,10 +160,10 @@ def test_tokens_of_a_seed_are_the_same_on_every_machine():
     assert draws(logits, 20, temperature=1.0) == expected
 
 
-def philox_uniform(seed: int, position: int) -> int:
+def philox_uniform(seed: int, position: int, sequence: int = 0) -> int:
     """64 random bits, from the formulas of the paper."""
     mask = 0xFFFFFFFF
-    c = [position & mask, position >> 32, 0, 0]
+    c = [position & mask, position >> 32, sequence & mask, sequence >> 32]
     k = [seed & mask, seed >> 32]
     for _ in range(10):
         p0, p1 = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
@@ -154,7 +172,9 @@ def philox_uniform(seed: int, position: int) -> int:
     return c[1] << 32 | c[0]
 
 
-def reference(logits: torch.Tensor, position: int, temperature, top_k, top_p, seed) -> int:
+def reference(
+    logits: torch.Tensor, position: int, temperature, top_k, top_p, min_p, seed, sequence
+) -> int:
     """The sampler by its definition: sort, filter, walk. Sums of whole numbers, so none rounds."""
     values = logits.double()
     exponents = (values - values.max()) / temperature
@@ -166,7 +186,8 @@ def reference(logits: torch.Tensor, position: int, temperature, top_k, top_p, se
     for i in order:
         if i in weights and sum(kept.values()) < math.ceil(top_p * total):
             kept[i] = weights[i]
-    threshold = philox_uniform(seed, position) * sum(kept.values()) >> 64
+    kept = {i: weight for i, weight in kept.items() if weight >= min_p * 2**40}
+    threshold = philox_uniform(seed, position, sequence) * sum(kept.values()) >> 64
     for i in sorted(kept):
         if threshold < kept[i]:
             return i
@@ -176,10 +197,14 @@ def reference(logits: torch.Tensor, position: int, temperature, top_k, top_p, se
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # bfloat16: ties everywhere
 @pytest.mark.parametrize("temperature", [0.2, 1.0, 4.0])
-@pytest.mark.parametrize(("top_k", "top_p"), [(900, 1.0), (50, 1.0), (900, 0.9), (300, 0.6)])
-def test_tokens_are_those_of_the_definition(dtype, temperature, top_k, top_p):
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "min_p"),
+    [(900, 1.0, 0), (50, 1.0, 0), (900, 0.9, 0), (300, 0.6, 0), (900, 1.0, 0.2), (40, 0.9, 0.01)],
+)
+def test_tokens_are_those_of_the_definition(dtype, temperature, top_k, top_p, min_p):
     logits = torch.randn(900, generator=torch.Generator().manual_seed(6)).mul(4).to(dtype)
-    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": 9}
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    options |= {"seed": 9, "sequence": 2**33 + 5}
     for position in range(25):
         expected = reference(logits, position, **options)
         assert sample(logits, position, **options) == expected
@@ -216,6 +241,9 @@ def test_logits_that_no_token_can_be_chosen_from_are_an_error(bad, reason, dtype
         ({"top_p": 0.0}, "top_p: expected 0 < top_p <= 1"),
         ({"top_p": 1.5}, "top_p: expected"),
         ({"top_p": math.nan}, "top_p: expected"),
+        ({"min_p": -0.1}, "min_p: expected 0 <= min_p <= 1"),
+        ({"min_p": 1.1}, "min_p: expected"),
+        ({"min_p": math.nan}, "min_p: expected"),
     ],
 )
 def test_configurations_out_of_range_are_refused(config, reason):

@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "../kernels/ops.h"
+#include "../kernels/sampling.h"
 
 #define CUDA_INT4_API extern "C" __attribute__((visibility("default")))
 
@@ -157,7 +158,9 @@ struct cuda_int4_generate_config {
   double temperature;      // 0: greedy
   int64_t top_k;           // <= 0: off
   double top_p;            // 1: off
+  double min_p;            // 0: off; at least this times as likely as the likeliest
   uint64_t seed;
+  uint64_t sequence;           // numbers the conversations of one seed, whose draws are independent
   const int64_t* stop_tokens;  // beside the model's own get_eos_ids
   uint64_t n_stop_tokens;
   cuda_int4_prefill_callback on_prefill;  // nullptr: not called
@@ -186,3 +189,8 @@ CUDA_INT4_API int32_t cuda_int4_generate(cuda_int4_model* model, const int64_t* 
 CUDA_INT4_API int32_t cuda_int4_sample(const cuda_int4::TensorView* logits,
                                        const cuda_int4_generate_config* config, int64_t position,
                                        int64_t* token);
+// The same on CUDA, as the loop queues it behind a step; all but words is device memory. `rule` is what
+// a row of args has for a configuration.
+CUDA_INT4_API int32_t cuda_int4_sample_rule(const cuda_int4_generate_config* config,
+                                            cuda_int4::SampleRule* rule);
+CUDA_INT4_API int32_t cuda_int4_sample_rows(const cuda_int4::SampleArgs* args, void* stream);

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdio>
 
+#include "../kernels/cuda/cuda_kernels.h"
 #include "c_api_internal.h"
 #include "decoder.h"
 #include "report.h"
@@ -16,7 +17,8 @@ using executorch::runtime::Error;
 namespace {
 
 SamplerConfig sampler_config(const cuda_int4_generate_config& config) {
-  return {config.temperature, config.top_k, config.top_p, config.seed};
+  return {config.temperature, config.top_k, config.top_p,
+          config.min_p,       config.seed,  config.sequence};
 }
 
 Error create_decoder(cuda_int4_model* model, std::unique_ptr<Decoder>* decoder) {
@@ -61,6 +63,38 @@ int32_t cuda_int4_sample(const TensorView* logits, const cuda_int4_generate_conf
     const Error invalid = fail(validate_sampler_config(sampling));
     if (invalid != Error::Ok) return invalid;
     return fail(Sampler(sampling).sample(*logits, position, token));
+  });
+}
+
+int32_t cuda_int4_sample_rule(const cuda_int4_generate_config* config, SampleRule* rule) {
+  return guarded([&]() -> Error {
+    if (config == nullptr || rule == nullptr)
+      return fail(Error::InvalidArgument, "sample: an argument is nullptr");
+    const SamplerConfig sampling = sampler_config(*config);
+    const Error invalid = fail(validate_sampler_config(sampling));
+    if (invalid == Error::Ok) *rule = sample_rule(sampling);
+    return invalid;
+  });
+}
+
+int32_t cuda_int4_sample_rows(const SampleArgs* args, void* stream) {
+  return guarded([&]() -> Error {
+    if (args == nullptr) return fail(Error::InvalidArgument, "sample: args is nullptr");
+    if (cuda_kernels() == nullptr)
+      return fail(Error::NotSupported, "sample: this library was built without CUDA kernels");
+    if (args->n_rows < 0 || args->n_rows > INT32_MAX / 8 || args->vocab_size < 1 ||
+        args->vocab_size > kMaxVocab || args->row_stride < args->vocab_size || args->n_slots < 1)
+      return fail(
+          Error::InvalidArgument,
+          "sample: expected 1 to %lld logits a row, row_stride at least as many, and a slot "
+          "or more, got %lld rows of %lld, row_stride %lld, %lld slots",
+          static_cast<long long>(kMaxVocab), static_cast<long long>(args->n_rows),
+          static_cast<long long>(args->vocab_size), static_cast<long long>(args->row_stride),
+          static_cast<long long>(args->n_slots));
+    ExecutionContext context = {};
+    context.device = DeviceKind::kCuda;
+    context.stream = stream;
+    return fail(cuda_kernels()->sample(*args, context));
   });
 }
 

@@ -11,10 +11,6 @@
 namespace cuda_int4 {
 namespace {
 
-constexpr int kWeightBits = 40;
-constexpr double kMinExponent = -27.5;  // weights below 2^-40 * e^0.2 count as 0: 40 ln 2 = 27.73
-constexpr int64_t kMaxVocab = int64_t{1} << 23;  // keeps the sum of weights inside 64 bits
-
 template <typename... Args>
 Status invalid(const char* format, Args... args) {
   Status status;
@@ -112,39 +108,6 @@ void copy_as_float(const TensorView& logits, int64_t n, std::vector<float>* out)
   }
 }
 
-constexpr double kInverseFactorials[14] = {1.0,
-                                           1.0,
-                                           1.0 / 2,
-                                           1.0 / 6,
-                                           1.0 / 24,
-                                           1.0 / 120,
-                                           1.0 / 720,
-                                           1.0 / 5040,
-                                           1.0 / 40320,
-                                           1.0 / 362880,
-                                           1.0 / 3628800,
-                                           1.0 / 39916800,
-                                           1.0 / 479001600,
-                                           1.0 / 6227020800};
-
-// 2^40 * e^exponent, rounded down; 0 for what is not above kMinExponent. exponent <= 0.
-// Not libm's exp, which differs from platform to platform. Taylor's series to the 13th power is 7e-14
-// off where it is worst: the weight is off by one at most.
-uint64_t weight_of(double exponent) {
-  if (!(exponent > kMinExponent)) return 0;
-  constexpr double kLn2 = 0.6931471805599453;
-  const int halvings = static_cast<int>(exponent * (-1 / kLn2));       // 0..39
-  const double x = exponent + halvings * kLn2;                         // -ln 2 .. 0
-  double even = kInverseFactorials[12], odd = kInverseFactorials[13];  // two chains run abreast
-  for (int n = 10; n >= 0; n -= 2) {
-    even = even * (x * x) + kInverseFactorials[n];
-    odd = odd * (x * x) + kInverseFactorials[n + 1];
-  }
-  const double sum = even + x * odd;
-  return static_cast<uint64_t>(
-      static_cast<int64_t>(sum * static_cast<double>(int64_t{1} << (kWeightBits - halvings))));
-}
-
 }  // namespace
 
 Status validate_sampler_config(const SamplerConfig& config) {
@@ -155,14 +118,46 @@ Status validate_sampler_config(const SamplerConfig& config) {
   if (!(config.top_p > 0 && config.top_p <= 1)) {
     return invalid("top_p: expected 0 < top_p <= 1 (1 is off), got %g", config.top_p);
   }
+  if (!(config.min_p >= 0 && config.min_p <= 1)) {
+    return invalid("min_p: expected 0 <= min_p <= 1 (0 is off), got %g", config.min_p);
+  }
   return {};
+}
+
+SampleRule sample_rule(const SamplerConfig& config) {
+  constexpr double kLog2E = 1.4426950408889634;
+  SampleRule rule = {};
+  if (config.temperature > 0) {
+    // At most: 0 times it is 0, so that the likeliest tokens stay so under any temperature.
+    rule.scale = std::min(kLog2E * (1 << kDecayBits) / config.temperature,
+                          std::numeric_limits<double>::max());
+    // At least: a temperature that takes all differences away is no greedy one.
+    rule.scale = std::max(rule.scale, std::numeric_limits<double>::min());
+  }
+  rule.top_k = config.top_k;
+  rule.top_p = config.top_p;
+  rule.min_weight = static_cast<uint64_t>(
+      std::ceil(config.min_p * static_cast<double>(int64_t{1} << kWeightBits)));
+  rule.seed = config.seed;
+  rule.sequence = config.sequence;
+  return rule;
+}
+
+Status sample_error(SampleStatus status, int64_t token, int64_t position) {
+  if (status == SampleStatus::kNoToken) {
+    return invalid("sample: every logit at position %" PRId64 " is -inf: no token can be chosen",
+                   position);
+  }
+  return invalid("sample: the model gave %s as the logit of token %" PRId64 " at position %" PRId64
+                 ": no token can be chosen from that; check the weights, or use a wider dtype",
+                 status == SampleStatus::kNan ? "NaN" : "+inf", token, position);
 }
 
 Status Sampler::sample(const TensorView& logits, int64_t position, int64_t* token) {
   int64_t n = 0;
   const Status status = check_logits(logits, &n);
   if (!status.ok()) return status;
-  if (config_.temperature == 0) {
+  if (rule_.scale == 0) {
     const int64_t likeliest = greatest(logits, n);
     if (likeliest >= 0) {
       *token = likeliest;
@@ -170,106 +165,79 @@ Status Sampler::sample(const TensorView& logits, int64_t position, int64_t* toke
     }
   }
   copy_as_float(logits, n, &logits_);  // to draw from, or to say what is wrong with them
-  size_t best = 0;
+  greatest_ = logits_[0];
   for (size_t i = 0; i < logits_.size(); ++i) {
-    if (std::isnan(logits_[i]) || logits_[i] == std::numeric_limits<float>::infinity()) {
-      return invalid("sample: the model gave %s as the logit of token %zu at position %" PRId64
-                     ": no token can be chosen from that; check the weights, or use a wider dtype",
-                     std::isnan(logits_[i]) ? "NaN" : "+inf", i, position);
+    if (std::isnan(logits_[i])) return sample_error(SampleStatus::kNan, int64_t(i), position);
+    if (logits_[i] == std::numeric_limits<float>::infinity()) {
+      return sample_error(SampleStatus::kInfinity, int64_t(i), position);
     }
-    if (logits_[i] > logits_[best]) best = i;
+    greatest_ = std::max(greatest_, logits_[i]);
   }
-  if (std::isinf(logits_[best])) {
-    return invalid("sample: every logit at position %" PRId64 " is -inf: no token can be chosen",
-                   position);
-  }
-  max_logit_ = logits_[best];
+  if (std::isinf(greatest_)) return sample_error(SampleStatus::kNoToken, 0, position);
   *token = draw(position);
   return {};
 }
 
 template <typename Measure>
-Sampler::Candidate Sampler::least_kept(uint64_t wanted, const Measure& measure) {
+Sampler::Bound Sampler::least_kept(uint64_t wanted, const Measure& measure) {
   // Buckets by likelihood instead of a sort of all: top-p at a high temperature keeps tens of
   // thousands, and took 35 ms a token with a heap.
-  const auto bucket_of = [this](size_t i) {
-    const int bucket = static_cast<int>(exponent(i) * (kBuckets / kMinExponent));
-    return static_cast<size_t>(std::min(bucket, kBuckets - 1));
-  };
   sums_.fill(0);
-  for (size_t i = 0; i < logits_.size(); ++i) {
-    if (const uint64_t m = measure(i)) sums_[bucket_of(i)] += m;
+  for (size_t i = 0; i < decays_.size(); ++i) {
+    if (const uint64_t m = measure(i)) sums_[decays_[i] >> kBucketShift] += m;
   }
-  int last = 0;  // the bucket in which the sum reaches `wanted`
+  size_t last = 0;  // the bucket in which the sum reaches `wanted`
   uint64_t sum = 0;
-  while (last < kBuckets && sum + sums_[last] < wanted) sum += sums_[last++];
-  if (last == kBuckets) return {-std::numeric_limits<float>::infinity(), UINT32_MAX};
+  while (last < sums_.size() && sum + sums_[last] < wanted) sum += sums_[last++];
+  if (last == sums_.size()) return {kMaxDecay, UINT32_MAX};
 
   candidates_.clear();
-  for (size_t i = 0; i < logits_.size(); ++i) {
-    if (measure(i) > 0 && bucket_of(i) == static_cast<size_t>(last)) {
-      candidates_.push_back({logits_[i], static_cast<uint32_t>(i)});
+  for (size_t i = 0; i < decays_.size(); ++i) {
+    if (decays_[i] >> kBucketShift == last && measure(i) > 0) {
+      candidates_.push_back(static_cast<uint32_t>(i));
     }
   }
-  std::sort(candidates_.begin(), candidates_.end(),
-            [](const Candidate& a, const Candidate& b) { return less_likely(b, a); });
+  std::sort(candidates_.begin(), candidates_.end(), [this](uint32_t a, uint32_t b) {
+    return decays_[a] != decays_[b] ? decays_[a] < decays_[b] : a < b;
+  });
   size_t n = 0;
-  while (sum < wanted) sum += measure(candidates_[n++].index);
-  return candidates_[n - 1];
+  while (sum < wanted) sum += measure(candidates_[n++]);
+  return {decays_[candidates_[n - 1]], candidates_[n - 1]};
 }
 
 int64_t Sampler::draw(int64_t position) {
   candidates_.reserve(logits_.size());
+  decays_.resize(logits_.size());
   weights_.resize(logits_.size());
-  Candidate least = {-std::numeric_limits<float>::infinity(), UINT32_MAX};
-  const auto is_kept = [&](size_t i) {
-    return !less_likely({logits_[i], static_cast<uint32_t>(i)}, least);
-  };
-  if (config_.top_k > 0) {
-    least = least_kept(static_cast<uint64_t>(config_.top_k), [this](size_t i) {
-      return static_cast<uint64_t>(exponent(i) > kMinExponent);
-    });
+  for (size_t i = 0; i < logits_.size(); ++i) {
+    decays_[i] = decay_of(logits_[i], greatest_, rule_.scale);
+  }
+  Bound least = {kMaxDecay, UINT32_MAX};
+  if (rule_.top_k > 0) {
+    least = least_kept(static_cast<uint64_t>(rule_.top_k),
+                       [this](size_t i) { return uint64_t{decays_[i] < kMaxDecay}; });
   }
   uint64_t total = 0;
   for (size_t i = 0; i < logits_.size(); ++i) {
-    weights_[i] = is_kept(i) ? weight_of(exponent(i)) : 0;
+    weights_[i] = least.keeps(decays_[i], i) ? weight_of(decays_[i]) : 0;
     total += weights_[i];
   }
-  if (config_.top_p < 1) {
-    const auto wanted =
-        static_cast<uint64_t>(std::ceil(config_.top_p * static_cast<double>(total)));
+  if (rule_.top_p < 1) {
+    const auto wanted = static_cast<uint64_t>(std::ceil(rule_.top_p * static_cast<double>(total)));
     least = least_kept(wanted, [this](size_t i) { return weights_[i]; });
-    total = 0;
-    for (size_t i = 0; i < logits_.size(); ++i) {
-      if (!is_kept(i)) weights_[i] = 0;
-      total += weights_[i];
-    }
+  }
+  total = 0;
+  for (size_t i = 0; i < logits_.size(); ++i) {
+    if (!least.keeps(decays_[i], i) || weights_[i] < rule_.min_weight) weights_[i] = 0;
+    total += weights_[i];
   }
 
-  const auto words =
-      philox4x32({static_cast<uint32_t>(position),
-                  static_cast<uint32_t>(static_cast<uint64_t>(position) >> 32), 0, 0},
-                 {static_cast<uint32_t>(config_.seed), static_cast<uint32_t>(config_.seed >> 32)});
-  const uint64_t random = (static_cast<uint64_t>(words[1]) << 32) | words[0];
   // random / 2^64 * total, without losing bits: 0 <= threshold < total.
+  const uint64_t random = random_bits(rule_.seed, rule_.sequence, static_cast<uint64_t>(position));
   auto threshold = static_cast<uint64_t>((static_cast<unsigned __int128>(random) * total) >> 64);
   size_t i = 0;
   while (threshold >= weights_[i]) threshold -= weights_[i++];
   return static_cast<int64_t>(i);
-}
-
-std::array<uint32_t, 4> philox4x32(std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t product0 = uint64_t{0xD2511F53} * counter[0];
-    const uint64_t product1 = uint64_t{0xCD9E8D57} * counter[2];
-    counter = {static_cast<uint32_t>(product1 >> 32) ^ counter[1] ^ key[0],
-               static_cast<uint32_t>(product1),
-               static_cast<uint32_t>(product0 >> 32) ^ counter[3] ^ key[1],
-               static_cast<uint32_t>(product0)};
-    key[0] += 0x9E3779B9;
-    key[1] += 0xBB67AE85;
-  }
-  return counter;
 }
 
 }  // namespace cuda_int4

@@ -1,5 +1,6 @@
 // decode PATH PROMPT N: the public Decoder, with a language model whose context holds 64 tokens and
 // whose forward takes 16. Prints the N greedy tokens after the prompt (ids with commas between).
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -105,14 +106,20 @@ void check_refusals(Decoder& decoder, const std::vector<int64_t>& prompt) {
 }
 
 void check_philox() {  // the known answers of the paper's own tests
-  using Words = std::array<uint32_t, 4>;
+  struct Case {
+    uint32_t counter[4], key[2], expected[4];
+  };
   const uint32_t ones = 0xFFFFFFFF;
-  CHECK(
-      (philox4x32({0, 0, 0, 0}, {0, 0}) == Words{0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8}));
-  CHECK((philox4x32({ones, ones, ones, ones}, {ones, ones}) ==
-         Words{0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD}));
-  CHECK((philox4x32({0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344}, {0xA4093822, 0x299F31D0}) ==
-         Words{0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1}));
+  Case cases[] = {
+      {{0, 0, 0, 0}, {0, 0}, {0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8}},
+      {{ones, ones, ones, ones}, {ones, ones}, {0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD}},
+      {{0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344},
+       {0xA4093822, 0x299F31D0},
+       {0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1}}};
+  for (Case& one : cases) {
+    philox4x32(one.counter, one.key[0], one.key[1]);
+    CHECK(std::equal(one.counter, one.counter + 4, one.expected));
+  }
 }
 
 }  // namespace

@@ -14,6 +14,8 @@ int main() {
   PRINT(AttentionArgs, softcap);
   PRINT(RmsNormArgs, eps);
   PRINT(SiluArgs, y);
+  PRINT(SampleRow, step);
+  PRINT(SampleArgs, n_slots);
   PRINT(cuda_int4_model_options, cuda_stream);
   PRINT(cuda_int4_device_use, replays);
   PRINT(cuda_int4_generate_config, on_prefill);

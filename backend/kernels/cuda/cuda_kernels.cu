@@ -11,6 +11,7 @@
 #include "matvec_marlin24.cuh"
 #include "matvec_w4a16_coalesced.cuh"
 #include "matvec_w4a16_mma.cuh"
+#include "sample.cuh"
 
 namespace cuda_int4 {
 
@@ -87,7 +88,8 @@ constexpr CudaKernels kKernels = {linear_coalesced_w4a16,
                                   matmul_marlin24,
                                   matvec_marlin_scratch_bytes,
                                   matvec_marlin,
-                                  matvec_marlin24};
+                                  matvec_marlin24,
+                                  cuda_sample};
 
 }  // namespace
 

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "../ops.h"
+#include "../sampling.h"
 #include "math_kernels.h"
 #include "tensor_kernels.h"
 
@@ -36,6 +37,8 @@ struct CudaKernels {
   Status (*matvec_marlin)(const LinearArgs& args, const ExecutionContext& context);
   // marlin24.v1, any M and dtype of x; activation "int8": context.quantized_x holds x.
   Status (*matvec_marlin24)(const LinearArgs& args, const ExecutionContext& context);
+  // What a decode loop on the device queues behind each step.
+  Status (*sample)(const SampleArgs& args, const ExecutionContext& context);
 };
 
 // nullptr: built without CUDA.
