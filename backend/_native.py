@@ -236,12 +236,13 @@ class GenerateConfig(ctypes.Structure):
         ("temperature", c_double),
         ("top_k", c_int64),
         ("top_p", c_double),
+        ("min_p", c_double),
         ("seed", c_uint64),
+        ("sequence", c_uint64),
         ("stop_tokens", POINTER(c_int64)),
         ("n_stop_tokens", c_uint64),
         ("on_prefill", PrefillCallback),
     ]
-        ("min_p", c_double),
 
 
 class GenerateStats(ctypes.Structure):
@@ -260,12 +261,6 @@ class GenerateStats(ctypes.Structure):
     ]
 
 
-# name -> (result, arguments)
-_PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
-    "version": (c_char_p, []),
-    "last_error": (c_char_p, []),
-    "clear_last_error": (None, []),
-    "cuda_built": (c_int32, []),
 class SampleRule(ctypes.Structure):
     """kernels/sampling.h SampleRule."""
 
@@ -303,6 +298,12 @@ class SampleArgs(ctypes.Structure):
     ]
 
 
+# name -> (result, arguments)
+_PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
+    "version": (c_char_p, []),
+    "last_error": (c_char_p, []),
+    "clear_last_error": (None, []),
+    "cuda_built": (c_int32, []),
     "cuda_available": (c_int32, []),
     "supported_ops": (c_char_p, [c_char_p]),
     "checksum": (c_uint32, [c_void_p, c_uint64]),
@@ -357,14 +358,14 @@ class SampleArgs(ctypes.Structure):
         c_int32,
         [POINTER(TensorView), POINTER(GenerateConfig), c_int64, POINTER(c_int64)],
     ),
+    "sample_rule": (c_int32, [POINTER(GenerateConfig), POINTER(SampleRule)]),
+    "sample_rows": (c_int32, [POINTER(SampleArgs), c_void_p]),
     "generate": (
         c_int32,
         [
             c_void_p,
             POINTER(c_int64),
             c_uint64,
-    "sample_rule": (c_int32, [POINTER(GenerateConfig), POINTER(SampleRule)]),
-    "sample_rows": (c_int32, [POINTER(SampleArgs), c_void_p]),
             c_int64,
             POINTER(GenerateConfig),
             TokenCallback,
@@ -567,15 +568,15 @@ __all__ = [
     "ModelOptions",
     "PrefillCallback",
     "RmsNormArgs",
+    "SampleArgs",
+    "SampleRow",
+    "SampleRule",
     "SiluArgs",
     "TensorView",
     "TokenCallback",
     "byref",
     "check",
     "checksum",
-    "SampleArgs",
-    "SampleRow",
-    "SampleRule",
     "last_error",
     "library",
     "package_dir",
