@@ -14,9 +14,9 @@ The ops that are there read what is in memory where an op before them is missing
 on values. The first row is the launch of a graph with the inputs' upload and no op. On the CPU each
 instruction is timed, "in the chain" alone.
 
-Floors are bytes over 4.3 TB/s (weights, keys and values, activations read and written, each once),
-or multiply-adds over the rate of a large product by cuBLAS in the same run, where that is longer.
-An op without a floor could be part of its neighbours.
+Floors, on a GPU, are bytes over 4.3 TB/s (weights, keys and values, activations read and written,
+each once), or multiply-adds over the rate of a large product by cuBLAS in the same run, where that
+is longer. An op without a floor could be part of its neighbours.
 """
 
 from __future__ import annotations
@@ -229,11 +229,12 @@ def measure(
     """Take a call apart; without ``whole`` "in the chain" alone, in a third of the time."""
     profile = model.profile(*inputs, rounds=1 if on_gpu else rounds)
     parts = find_parts(profile.instructions)
-    set_floors(parts, form)
     if not on_gpu:
         for part in parts:
             part.us = sum(profile.instructions[i].us for i in part.instructions)
         return TokenProfile(title, parts, 0.0, profile.total_us)
+
+    set_floors(parts, form)
 
     def time_of(kept_parts: Sequence[Part]) -> float:
         kept = set().union(*(part.instructions for part in kept_parts))
@@ -308,8 +309,8 @@ def table(profile: TokenProfile) -> list[str]:
     """As Markdown."""
     whole = any(part.saved_us is not None for part in profile.parts)
     total = profile.total_us
-    head = ["op", "calls", "us", "us a call", "% of the call", "floor, us", "share of the floor"]
-    head += ["saved without it, us", "alone, us"] if whole else []
+    head = ["op", "calls", "us", "us a call", "% of the call", "floor, us", "share of it"]
+    head += ["saved, us", "alone, us"] if whole else []
     lines = ["", f"## {profile.title}", "", f"| {' | '.join(head)} |"]
     lines.append("|---|" + "---:|" * (len(head) - 1))
     if profile.start_us:
@@ -327,8 +328,9 @@ def table(profile: TokenProfile) -> list[str]:
                 f"{us:.1f}" if us is not None else "" for us in (part.saved_us, part.alone_us)
             ]
         lines.append(f"| {' | '.join(cells)} |")
-    share = f"{profile.floor_us / total:.2f}" if total > 0 else ""
-    cells = ["the call", "", f"{total:.1f}", "", "100", f"{profile.floor_us:.1f}", share]
+    cells = ["the call", "", f"{total:.1f}", "", "100"]
+    if profile.floor_us:
+        cells += [f"{profile.floor_us:.1f}", f"{profile.floor_us / total:.2f}"]
     lines.append(f"| {' | '.join([*cells, *[''] * (len(head) - len(cells))])} |")
     return lines
 
@@ -408,9 +410,11 @@ def _waterfall(axes: Any, profile: TokenProfile) -> None:
     y = len(rows)
     axes.barh(y, total * scale, color="#bbbbbb", height=0.8)
     axes.barh(y, profile.floor_us * scale, color="#555555", height=0.8)
+    text = f"{total * scale:.1f} {unit}"
+    if profile.floor_us:
+        text += f"; floor {profile.floor_us * scale:.1f}, {profile.floor_us / total:.2f} of it"
     axes.annotate(
-        f"{total * scale:.1f} {unit}; the floor {profile.floor_us * scale:.1f}, "
-        f"{profile.floor_us / total:.2f} of it",
+        text,
         (profile.floor_us * scale, y), xytext=(4, 0), textcoords="offset points", va="center",
         fontsize=8,
     )  # fmt: skip

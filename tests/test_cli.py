@@ -153,14 +153,21 @@ def test_bench_writes_a_table_of_checked_kernels():
 @pytest.mark.parametrize("model", ["toy-llama", "toy-gemma"])
 def test_bench_decodes_from_a_model_that_it_exports(model, tmp_path):
     out = tmp_path / "rows.csv"
-    options = "--device cpu --context 20 --prefill 8 --new-tokens 8 --runs 2 --out"
+    options = "--device cpu --context 20 --prefill 8 --new-tokens 8 --runs 2"
+    options += " --prompt 8 --generate 6 --repeat 2 --profile --out"
     done = run("bench", "decode", "--model", model, *options.split(), out)
     assert done.returncode == 0, done.stderr
     rows = list(csv.DictReader(line for line in out.open() if not line.startswith("#")))
     phases = [(row["phase"], row["context"]) for row in rows]
-    assert phases == [("prefill", "8"), ("decode", "20"), ("step of 16", "20")]
+    others = [("decode", "20"), ("step of 16", "20")]
+    assert phases == [("prefill", "8"), ("generate 6", "8"), *others]
     assert all(float(row["tokens_per_s"]) > 0 for row in rows)
-    assert out.with_suffix(".md").read_text() in done.stdout
+    text = out.with_suffix(".md").read_text()
+    assert text in done.stdout
+    assert "## a token behind 20" in text and "## a prompt of 8" in text
+    table = out.with_suffix(".profile.csv").open()
+    titles = {row["call"] for row in csv.DictReader(line for line in table if line[0] != "#")}
+    assert titles == {"a token behind 20", "a prompt of 8"}
 
 
 def test_the_demo_agrees_with_pytorch(tmp_path):
