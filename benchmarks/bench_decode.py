@@ -379,6 +379,8 @@ def run(options: argparse.Namespace, folder: Path) -> None:
     config = decode_model.MODELS[options.model]
     if options.layers:
         config = dataclasses.replace(config, n_layers=options.layers)
+    if options.separate:
+        config = dataclasses.replace(config, separate=True)
     path = options.pte or folder / f"{options.model}.pte"
     found = path.exists()
     if not found:
@@ -446,6 +448,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--fusions", default="all", help="all, none, or names of fusions with commas between them"
+    )
+    parser.add_argument(
+        "--separate-linears",
+        dest="separate",
+        action="store_true",
+        help="query, key and value as linears of their own, gate and up too: what the fusion "
+        "`linears` merges",
     )
     parser.add_argument(
         "--dense-head", action="store_true", help="leave the head in --dtype, not in int4"

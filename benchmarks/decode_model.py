@@ -67,6 +67,7 @@ class Config:
     gemma: bool = False  # GeGLU, q/k norms, post-norms, scaled embedding tied to the head, soft cap
     norm_eps: float = 1e-5
     logit_cap: float = 0.0
+    separate: bool = False  # q, k, v, gate, up: linears of their own, which the fusion merges
 
     @property
     def linears(self) -> list[tuple[int, int]]:
@@ -142,7 +143,13 @@ class Attention(nn.Module):
     def __init__(self, config: Config, kind: AttentionShape, max_context: int, max_sequences: int):
         super().__init__()
         self.kind = kind
-        self.wqkv = nn.Linear(config.dim, kind.projected, bias=False)
+        if config.separate:
+            self.wq = nn.Linear(config.dim, kind.n_heads * kind.head_dim, bias=False)
+            self.wk = nn.Linear(config.dim, kind.n_kv_heads * kind.head_dim, bias=False)
+            if not kind.values_are_keys:
+                self.wv = nn.Linear(config.dim, kind.n_kv_heads * kind.head_dim, bias=False)
+        else:
+            self.wqkv = nn.Linear(config.dim, kind.projected, bias=False)
         self.wo = nn.Linear(kind.n_heads * kind.head_dim, config.dim, bias=False)
         if config.gemma:
             self.q_norm = nn.RMSNorm(kind.head_dim, eps=config.norm_eps)
@@ -156,17 +163,24 @@ class Attention(nn.Module):
         """Append x [B, T, dim] to the cache and attend over it."""
         kind = self.kind
         B, T, _ = x.shape
-        heads = self.wqkv(x).view(B, T, kind.projected // kind.head_dim, kind.head_dim)
-        heads = heads.transpose(1, 2)
+        n_q, n_k = kind.n_heads, kind.n_kv_heads
+
+        def heads_of(projection: nn.Module) -> Tensor:
+            return projection(x).view(B, T, -1, kind.head_dim).transpose(1, 2)
+
+        if hasattr(self, "wqkv"):
+            heads = heads_of(self.wqkv)
+            q, k, v = heads[:, :n_q], heads[:, n_q : n_q + n_k], heads[:, -n_k:]
+        else:
+            q, k = heads_of(self.wq), heads_of(self.wk)
+            v = heads_of(self.wv) if hasattr(self, "wv") else k
         if hasattr(self, "q_norm"):
-            q = self.q_norm(heads[:, : kind.n_heads])
-            k = self.k_norm(heads[:, kind.n_heads : kind.n_heads + kind.n_kv_heads])
+            q, k = self.q_norm(q), self.k_norm(k)
+        if hasattr(self, "wqkv") and not hasattr(self, "q_norm"):  # both at once
+            turned = rotate(heads[:, : n_q + n_k], place.cos, place.sin)
+            q, k = turned.split([n_q, n_k], dim=1)
+        else:
             q, k = rotate(q, place.cos, place.sin), rotate(k, place.cos, place.sin)
-        else:  # both at once
-            n_turned = kind.n_heads + kind.n_kv_heads
-            turned = rotate(heads[:, :n_turned], place.cos, place.sin)
-            q, k = turned.split([kind.n_heads, kind.n_kv_heads], dim=1)
-        v = heads[:, -kind.n_kv_heads :]
         k, v = append(self.k_cache, k, place), append(self.v_cache, v, place)
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=place.mask, scale=self.scale, enable_gqa=True
@@ -180,12 +194,19 @@ class FeedForward(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.gelu = config.gemma
-        self.w13 = nn.Linear(config.dim, 2 * config.hidden_dim, bias=False)
+        if config.separate:
+            self.w1 = nn.Linear(config.dim, config.hidden_dim, bias=False)
+            self.w3 = nn.Linear(config.dim, config.hidden_dim, bias=False)
+        else:
+            self.w13 = nn.Linear(config.dim, 2 * config.hidden_dim, bias=False)
         self.w2 = nn.Linear(config.hidden_dim, config.dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [B, T, dim] to the same shape."""
-        gate, up = self.w13(x).chunk(2, dim=-1)
+        if hasattr(self, "w13"):
+            gate, up = self.w13(x).chunk(2, dim=-1)
+        else:
+            gate, up = self.w1(x), self.w3(x)
         gate = F.gelu(gate, approximate="tanh") if self.gelu else F.silu(gate)
         return self.w2(gate * up)
 
