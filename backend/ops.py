@@ -14,7 +14,8 @@ memory planning needs.
 
 and the fusions that passes make of several ops (kernels/ops.h has their arithmetic):
 
-    add_rms_norm  sum = x + residual and rms_norm(sum): the pair of them
+    add_rms_norm  sum = x + residual and rms_norm(sum): the pair of them; with x_norm, the weight
+                  of a norm of x ahead of the sum
     gate_mul      f(gate) * up of [gate, up] in one tensor [..., 2 * N]
     rope_append   norms and turns q and k of [q, k, v] in one tensor, writes k and v into their
                   caches (which it changes), gives q [B, Hq, S, D]; of [q, k], k is v too
@@ -38,7 +39,7 @@ _SCHEMAS = {
     "float softcap=0.0",
     "rms_norm": "Tensor x, Tensor? weight, float eps",
     "silu": "Tensor x",
-    "add_rms_norm": "Tensor x, Tensor residual, Tensor? weight, float eps",
+    "add_rms_norm": "Tensor x, Tensor residual, Tensor? weight, Tensor? x_norm, float eps",
     "gate_mul": "Tensor gate_up, str activation",
     "rope_append": "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor qkv, Tensor cos, Tensor sin, "
     "Tensor input_pos, Tensor? q_norm, Tensor? k_norm, int n_heads, bool interleaved, float eps",
@@ -51,7 +52,7 @@ _TENSOR_ARGS = {
     "attention": ("q", "k", "v", "mask"),
     "rms_norm": ("x", "weight"),
     "silu": ("x",),
-    "add_rms_norm": ("x", "residual", "weight"),
+    "add_rms_norm": ("x", "residual", "weight", "x_norm"),
     "gate_mul": ("gate_up",),
     "rope_append": (
         "k_cache",
@@ -85,6 +86,8 @@ _STRUCTS = {
 _WRITTEN_ARGS = {"rope_append": ("k_cache", "v_cache")}  # beside the results
 # The ops that take scratch (c_api.h), and what they take behind it: no quantized_x for linear.
 _NEEDS_SCRATCH: dict[str, tuple] = {"linear": (None,), "attention": ()}
+# What others take behind the stream: no quantized_y.
+_NO_SCRATCH: dict[str, tuple] = {"rms_norm": (None,), "add_rms_norm": (None,), "gate_mul": (None,)}
 
 
 def _linear_shape(
@@ -146,7 +149,8 @@ def _run(op: str, args: tuple, *outs: Tensor) -> None:
     out = outs[0]
     if not out.is_cuda:
         # No scratch: the op takes its own from the heap.
-        rest = (None, 0, *_NEEDS_SCRATCH[op]) if op in _NEEDS_SCRATCH else ()
+        scratched = op in _NEEDS_SCRATCH
+        rest = (None, 0, *_NEEDS_SCRATCH[op]) if scratched else _NO_SCRATCH.get(op, ())
         _native.check(getattr(_native.library(), op)(struct, _native.DEVICE_CPU, None, *rest))
     elif out.get_device() == torch.cuda.current_device():
         _run_on_current_device(op, struct, out)
@@ -164,7 +168,8 @@ def _run_on_current_device(op: str, struct: ctypes.Structure, out: Tensor) -> No
     library = _native.library()
     stream = torch.cuda.current_stream().cuda_stream
     if op not in _NEEDS_SCRATCH:
-        _native.check(getattr(library, op)(struct, _native.DEVICE_CUDA, stream))
+        rest = _NO_SCRATCH.get(op, ())
+        _native.check(getattr(library, op)(struct, _native.DEVICE_CUDA, stream, *rest))
         return
     nbytes = ctypes.c_uint64()
     _native.check(getattr(library, f"{op}_scratch_bytes")(struct, _native.DEVICE_CUDA, nbytes))
@@ -172,8 +177,8 @@ def _run_on_current_device(op: str, struct: ctypes.Structure, out: Tensor) -> No
     if nbytes.value:
         scratch = torch.empty(nbytes.value, dtype=torch.uint8, device=out.device)
     pointer = None if scratch is None else scratch.data_ptr()
-    rest = (pointer, nbytes.value, *_NEEDS_SCRATCH[op])
-    _native.check(getattr(library, op)(struct, _native.DEVICE_CUDA, stream, *rest))
+    scratch_args = (pointer, nbytes.value, *_NEEDS_SCRATCH[op])
+    _native.check(getattr(library, op)(struct, _native.DEVICE_CUDA, stream, *scratch_args))
 
 
 def _dense(op: str, name: str, tensor: Tensor) -> Tensor:

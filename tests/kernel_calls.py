@@ -104,11 +104,16 @@ def silu(x: Tensor, isa: str = "scalar") -> Tensor:
 
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, isa: str = "scalar"
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    isa: str = "scalar",
+    x_norm: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Outputs of cuda_int4::add_rms_norm."""
     (total, guard), (y, y_guard) = (poisoned(tuple(x.shape), x.dtype) for _ in range(2))
-    views = [_native.tensor_view(t) for t in (x, residual, weight, total, y)]
+    views = [_native.tensor_view(t) for t in (x, residual, weight, x_norm, total, y)]
     finish("add_rms_norm", _native.AddRmsNormArgs(*views, eps), isa, y, y_guard)
     assert guard.isnan().all(), f"add_rms_norm on {isa} wrote behind its sum"
     return total, y

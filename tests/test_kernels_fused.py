@@ -29,10 +29,22 @@ def test_add_rms_norm_is_an_addition_and_a_norm(D, isa, dtype):
         assert torch.equal(y, kernel_calls.rms_norm(x + residual, w, 1e-5, isa))
 
 
+@DTYPES
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("D", [7, 256])
+def test_add_rms_norm_norms_x_first(D, isa, dtype):
+    x, residual = 2 * normal(3, D).to(dtype), 3 * normal(3, D + 1)[:, :D]
+    residual, weight, x_norm = residual.to(dtype).contiguous(), normal(D), normal(D + 1)[:D]
+    for w, w_x in ((None, x_norm), (weight, x_norm.to(dtype)), (weight.to(dtype), x_norm)):
+        total, y = kernel_calls.add_rms_norm(x, residual, w, 1e-3, isa, w_x)
+        assert torch.equal(total, kernel_calls.rms_norm(x, w_x, 1e-3, isa) + residual)
+        assert torch.equal(y, kernel_calls.rms_norm(total, w, 1e-3, isa))
+
+
 def test_the_sum_may_take_the_place_of_an_operand():
     x, residual = normal(2, 40), normal(2, 41)[:, :40].contiguous()
     expected, y = x + residual, torch.empty(2, 40)
-    views = [_native.tensor_view(t) for t in (x, residual, None, residual, y)]
+    views = [_native.tensor_view(t) for t in (x, residual, None, None, residual, y)]
     assert kernel_calls.run("add_rms_norm", _native.AddRmsNormArgs(*views, 1e-5))[0] == 0
     assert torch.equal(residual, expected)
     assert torch.equal(y, kernel_calls.rms_norm(expected, None, 1e-5))
@@ -147,8 +159,10 @@ cuda_int4::rope_append: expected input_pos in 0..3, got 4 for token 1; make the 
 
 
 def test_refusals():
-    def add_rms_norm(x=(2, 8), residual=(2, 8), weight=(8,), total=(2, 8), y=(2, 8), eps=1e-5):
-        tensors = [torch.zeros(s) for s in (x, residual, weight, total, y)]
+    def add_rms_norm(
+        x=(2, 8), residual=(2, 8), weight=(8,), x_norm=(8,), total=(2, 8), y=(2, 8), eps=1e-5
+    ):
+        tensors = [torch.zeros(s) for s in (x, residual, weight, x_norm, total, y)]
         views = map(_native.tensor_view, tensors)
         return kernel_calls.run("add_rms_norm", _native.AddRmsNormArgs(*views, eps))
 
@@ -184,6 +198,7 @@ def test_refusals():
     found = [
         add_rms_norm(residual=(2, 9)),
         add_rms_norm(weight=(9,)),
+        add_rms_norm(x_norm=(2, 8)),
         add_rms_norm(total=(1, 8)),
         add_rms_norm(y=(8,)),
         add_rms_norm(x=()),
@@ -214,6 +229,8 @@ def test_refusals():
 cuda_int4::add_rms_norm: expected residual of shape [2, 8], got [2, 9]; pass a contiguous
     residual like x
 cuda_int4::add_rms_norm: expected weight of shape [8], got [9]; pass a contiguous weight of
+    shape [D]
+cuda_int4::add_rms_norm: expected x_norm of shape [8], got [2, 8]; pass a contiguous weight of
     shape [D]
 cuda_int4::add_rms_norm: expected sum of shape [2, 8], got [1, 8]; allocate a contiguous sum
     like x

@@ -27,7 +27,7 @@ def arguments(op: str, dtype: torch.dtype = torch.bfloat16) -> tuple:
         return torch.randn(2, 3, 16).to(dtype), torch.randn(16).to(dtype), 1e-5
     if op == "add_rms_norm":
         x, residual = torch.randn(2, 2, 3, 16).to(dtype)
-        return x, residual, torch.randn(16).to(dtype), 1e-5
+        return x, residual, *torch.randn(2, 16).to(dtype), 1e-5
     if op == "gate_mul":
         return torch.randn(2, 10).to(dtype), "silu"
     if op == "rope_append":  # 3 query heads and 2 of keys, of 4, at 2 places of 5
@@ -61,10 +61,10 @@ cuda_int4::rms_norm(Tensor x, Tensor? weight, float eps) -> Tensor
 cuda_int4::rms_norm.out(Tensor x, Tensor? weight, float eps, *, Tensor(a!) out) -> Tensor(a!)
 cuda_int4::silu(Tensor x) -> Tensor
 cuda_int4::silu.out(Tensor x, *, Tensor(a!) out) -> Tensor(a!)
-cuda_int4::add_rms_norm(Tensor x, Tensor residual, Tensor? weight, float eps) -> (Tensor,
-    Tensor)
-cuda_int4::add_rms_norm.out(Tensor x, Tensor residual, Tensor? weight, float eps, *, Tensor(a!)
-    sum, Tensor(b!) y) -> (Tensor(a!), Tensor(b!))
+cuda_int4::add_rms_norm(Tensor x, Tensor residual, Tensor? weight, Tensor? x_norm, float eps) ->
+    (Tensor, Tensor)
+cuda_int4::add_rms_norm.out(Tensor x, Tensor residual, Tensor? weight, Tensor? x_norm, float
+    eps, *, Tensor(a!) sum, Tensor(b!) y) -> (Tensor(a!), Tensor(b!))
 cuda_int4::gate_mul(Tensor gate_up, str activation) -> Tensor
 cuda_int4::gate_mul.out(Tensor gate_up, str activation, *, Tensor(a!) out) -> Tensor(a!)
 cuda_int4::rope_append(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor qkv, Tensor cos, Tensor

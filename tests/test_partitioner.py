@@ -154,7 +154,7 @@ aten__pdist_forward_default: aten._pdist_forward.default: libcuda_int4 has no ke
         assert json.loads(specs.pop("outside")) == partitioner.report
         assert specs == {
             "layout": "auto",
-            "fusions": "linears,add_rms_norm,gate_mul,rope_append",
+            "fusions": "linears,last_norm,add_rms_norm,post_norm,gate_mul,rope_append",
             "activation": "none",
             "external_weights": "",
             "devices": "cpu,cuda",

@@ -162,7 +162,7 @@ return [%3, %4]
 norm.weight: bfloat16 [64]
 x: bfloat16 [1, 3, 64], input
 y: bfloat16 [1, 3, 64], input
-%3 = cuda_int4.add_rms_norm(x, y, norm.weight, 1e-05): (FakeTensor(..., size=(1, 3, 64),
+%3 = cuda_int4.add_rms_norm(x, y, norm.weight, None, 1e-05): (FakeTensor(..., size=(1, 3, 64),
     dtype=torch.bfloat16,            grad_fn=<WarnNotImplemented>), FakeTensor(..., size=(1, 3,
     64), dtype=torch.bfloat16,            grad_fn=<WarnNotImplemented>))
 %4 = getitem(%3, 0): bfloat16 [1, 3, 64]
@@ -178,6 +178,150 @@ def test_sums_that_broadcast_are_left_alone():
 
     for model, y in ((Residual(), X[:, :1]), (Residual(), X[0]), (Scaled(), X)):
         assert not passes.FuseAddRmsNormPass()(before_fusions(model, X, y)).modified
+
+
+class PostNorms(nn.Module):
+    """Gemma's: what a part gives is normed, added, and the sum is normed for the next part."""
+
+    def __init__(self, residual_first=True, post_eps=1e-5):
+        super().__init__()
+        self.post = nn.RMSNorm(64, eps=post_eps, dtype=DTYPE)
+        self.norm = nn.RMSNorm(64, eps=1e-5, dtype=DTYPE)
+        self.residual_first = residual_first
+
+    def forward(self, x, y):
+        s = x + self.post(y) if self.residual_first else self.post(y) + x
+        return s, self.norm(s)
+
+
+@pytest.mark.parametrize("residual_first", [True, False])
+def test_fuses_a_norm_ahead_of_the_sum(residual_first):
+    x, y = X, X.flip(1) * 3
+    program = before_fusions(PostNorms(residual_first), x, y)
+    exact = graphs.run(program, x, y)
+    assert passes.FuseAddRmsNormPass()(program).modified
+    before = graphs.text(program)
+    assert passes.FusePostNormPass()(program).modified
+    assert not passes.FusePostNormPass()(program).modified
+    assert_same_bits(graphs.run(program, x, y), exact)
+    if residual_first:
+        assert_expected_inline(
+            f"{before}\n\n{graphs.text(program)}",
+            """\
+post.weight: bfloat16 [64]
+norm.weight: bfloat16 [64]
+x: bfloat16 [1, 3, 64], input
+y: bfloat16 [1, 3, 64], input
+%4 = cuda_int4.rms_norm(y, post.weight, 1e-05): bfloat16 [1, 3, 64]
+%5 = cuda_int4.add_rms_norm(x, %4, norm.weight, None, 1e-05): (FakeTensor(..., size=(1, 3, 64),
+    dtype=torch.bfloat16,            grad_fn=<WarnNotImplemented>), FakeTensor(..., size=(1, 3,
+    64), dtype=torch.bfloat16,            grad_fn=<WarnNotImplemented>))
+%6 = getitem(%5, 0): bfloat16 [1, 3, 64]
+%7 = getitem(%5, 1): bfloat16 [1, 3, 64]
+return [%6, %7]
+
+post.weight: bfloat16 [64]
+norm.weight: bfloat16 [64]
+x: bfloat16 [1, 3, 64], input
+y: bfloat16 [1, 3, 64], input
+%4 = cuda_int4.add_rms_norm(y, x, norm.weight, post.weight, 1e-05): (FakeTensor(..., size=(1, 3,
+    64), dtype=torch.bfloat16,            grad_fn=<WarnNotImplemented>), FakeTensor(...,
+    size=(1, 3, 64), dtype=torch.bfloat16,            grad_fn=<WarnNotImplemented>))
+%5 = getitem(%4, 0): bfloat16 [1, 3, 64]
+%6 = getitem(%4, 1): bfloat16 [1, 3, 64]
+return [%5, %6]""",
+        )
+
+
+def test_norms_that_are_read_twice_or_differ_stay_ahead_of_the_sum():
+    class Twice(PostNorms):
+        def forward(self, x, y):
+            n = self.post(y)
+            s = x + n
+            return s, self.norm(s), n
+
+    class Unweighted(PostNorms):
+        def forward(self, x, y):
+            s = x + F.rms_norm(y, (64,), None, 1e-5)
+            return s, self.norm(s)
+
+    for model in (PostNorms(post_eps=1e-3), Twice(), Unweighted()):
+        program = before_fusions(model, X, X.flip(1))
+        assert passes.FuseAddRmsNormPass()(program).modified
+        assert not passes.FusePostNormPass()(program).modified
+
+
+class LastToken(Residual):
+    """The norm of the last row of a sum."""
+
+    dim = 1
+
+    def forward(self, x, y):
+        return self.norm((x + y).select(self.dim, -1))
+
+
+def test_norms_before_the_last_token_is_selected():
+    x, y = X, X.flip(1) * 3
+    program = before_fusions(LastToken(), x, y)
+    before, exact = graphs.text(program), graphs.run(program, x, y)
+    assert passes.NormBeforeSelectPass()(program).modified
+    assert not passes.NormBeforeSelectPass()(program).modified
+    assert_same_bits(graphs.run(program, x, y), exact)
+    after = graphs.text(program)
+    assert passes.FuseAddRmsNormPass()(program).modified
+    assert_same_bits(graphs.run(program, x, y), exact)
+    assert_expected_inline(
+        f"{before}\n\n{after}\n\n{graphs.text(program)}",
+        """\
+norm.weight: bfloat16 [64]
+x: bfloat16 [1, 3, 64], input
+y: bfloat16 [1, 3, 64], input
+%3 = aten.add.Tensor(x, y): bfloat16 [1, 3, 64]
+%4 = aten.select_copy.int(%3, 1, -1): bfloat16 [1, 64]
+%5 = cuda_int4.rms_norm(%4, norm.weight, 1e-05): bfloat16 [1, 64]
+return [%5]
+
+norm.weight: bfloat16 [64]
+x: bfloat16 [1, 3, 64], input
+y: bfloat16 [1, 3, 64], input
+%3 = aten.add.Tensor(x, y): bfloat16 [1, 3, 64]
+%4 = cuda_int4.rms_norm(%3, norm.weight, 1e-05): bfloat16 [1, 3, 64]
+%5 = aten.select_copy.int(%4, 1, -1): bfloat16 [1, 64]
+return [%5]
+
+norm.weight: bfloat16 [64]
+x: bfloat16 [1, 3, 64], input
+y: bfloat16 [1, 3, 64], input
+%3 = cuda_int4.add_rms_norm(x, y, norm.weight, None, 1e-05): (FakeTensor(..., size=(1, 3, 64),
+    dtype=torch.bfloat16,            grad_fn=<WarnNotImplemented>), FakeTensor(..., size=(1, 3,
+    64), dtype=torch.bfloat16,            grad_fn=<WarnNotImplemented>))
+%4 = getitem(%3, 0): bfloat16 [1, 3, 64]
+%5 = getitem(%3, 1): bfloat16 [1, 3, 64]
+%6 = aten.select_copy.int(%5, 1, -1): bfloat16 [1, 64]
+return [%6]""",
+    )
+
+
+def test_selections_that_are_no_row_of_a_sum_are_left_alone():
+    class Column(LastToken):
+        dim = -1
+
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.RMSNorm(3, eps=1e-5, dtype=DTYPE)
+
+    class Read(LastToken):
+        def forward(self, x, y):
+            s = x + y
+            return s, self.norm(s.select(1, -1))
+
+    class Product(LastToken):
+        def forward(self, x, y):
+            return self.norm((x * y).select(1, -1))
+
+    for model in (Column(), Read(), Product()):
+        program = before_fusions(model, X, X.flip(1))
+        assert not passes.NormBeforeSelectPass()(program).modified
 
 
 class FeedForward(nn.Module):
@@ -492,8 +636,8 @@ def test_fusions_by_name():
             message(names, "linears", who="t"),
         ),
         """\
-CudaInt4Partitioner: expected fusions 'all', 'none' or a list of linears, add_rms_norm,
-    gate_mul, rope_append, got ['linear']; drop or correct 'linear'
-t: expected fusions 'all', 'none' or a list of linears, add_rms_norm, gate_mul, rope_append, got
-    'linears'; drop or correct 'linears'""",
+CudaInt4Partitioner: expected fusions 'all', 'none' or a list of linears, last_norm,
+    add_rms_norm, post_norm, gate_mul, rope_append, got ['linear']; drop or correct 'linear'
+t: expected fusions 'all', 'none' or a list of linears, last_norm, add_rms_norm, post_norm,
+    gate_mul, rope_append, got 'linears'; drop or correct 'linears'""",
     )

@@ -5,6 +5,7 @@
 #include "cuda/cuda_kernels.h"
 #include "ops.h"
 #include "parallel_ranges.h"
+#include "quantized_activation.h"
 
 namespace cuda_int4 {
 
@@ -43,13 +44,17 @@ Status validate_add_rms_norm(const AddRmsNormArgs& args) {
   }
   CUDA_INT4_RETURN_IF_ERROR(check_data(x, args.x));
   CUDA_INT4_RETURN_IF_ERROR(check_alignment(x, args.x, dtype_bytes(args.x.dtype)));
-  if (args.weight.present()) {
-    const TensorCheck weight{kOp, "weight", "pass a contiguous weight of shape [D]"};
-    CUDA_INT4_RETURN_IF_ERROR(check_contiguous(weight, args.weight, &numel));
-    CUDA_INT4_RETURN_IF_ERROR(check_float_kind(weight, args.weight));
-    CUDA_INT4_RETURN_IF_ERROR(check_shape(weight, args.weight, 1, &args.x.sizes[args.x.ndim - 1]));
-    CUDA_INT4_RETURN_IF_ERROR(check_data(weight, args.weight));
-    CUDA_INT4_RETURN_IF_ERROR(check_alignment(weight, args.weight, dtype_bytes(args.weight.dtype)));
+  const TensorCheck weights[] = {{kOp, "weight", "pass a contiguous weight of shape [D]"},
+                                 {kOp, "x_norm", "pass a contiguous weight of shape [D]"}};
+  const TensorView* const weight_views[] = {&args.weight, &args.x_norm};
+  for (int i = 0; i < 2; ++i) {
+    const TensorView& view = *weight_views[i];
+    if (!view.present()) continue;
+    CUDA_INT4_RETURN_IF_ERROR(check_contiguous(weights[i], view, &numel));
+    CUDA_INT4_RETURN_IF_ERROR(check_float_kind(weights[i], view));
+    CUDA_INT4_RETURN_IF_ERROR(check_shape(weights[i], view, 1, &args.x.sizes[args.x.ndim - 1]));
+    CUDA_INT4_RETURN_IF_ERROR(check_data(weights[i], view));
+    CUDA_INT4_RETURN_IF_ERROR(check_alignment(weights[i], view, dtype_bytes(view.dtype)));
   }
   if (!(args.eps >= 0)) {
     return error(StatusCode::kInvalidArgument,
@@ -62,9 +67,10 @@ namespace cpu {
 
 namespace {
 
+// Of x or, where it is normed, of what y then holds.
 template <class T>
 void add(const AddRmsNormArgs& args, int64_t begin, int64_t end) {
-  const T* x = static_cast<const T*>(args.x.data);
+  const T* x = static_cast<const T*>(args.x_norm.present() ? args.y.data : args.x.data);
   const T* residual = static_cast<const T*>(args.residual.data);
   T* sum = static_cast<T*>(args.sum.data);
   for (int64_t i = begin; i < end; ++i) from_float(to_float(x[i]) + to_float(residual[i]), &sum[i]);
@@ -82,9 +88,14 @@ Status add_rms_norm_on(const CpuKernels& kernels, const AddRmsNormArgs& args,
   job.weight_dtype = args.weight.present() ? args.weight.dtype : args.x.dtype;
   job.D = args.x.sizes[args.x.ndim - 1];
   job.eps = static_cast<float>(args.eps);
+  RmsNormJob x_job = job;
+  x_job.x = args.x.data;
+  x_job.weight = args.x_norm.data;
+  x_job.weight_dtype = args.x_norm.dtype;
   const int64_t rows = static_cast<int64_t>(args.x.nbytes) / dtype_bytes(job.dtype) / job.D;
   parallel_ranges(context, rows, ceil_div(int64_t{1} << 16, job.D),
                   [&](int64_t begin, int64_t end) {
+                    if (args.x_norm.present()) kernels.rms_norm(x_job, begin, end);
                     if (job.dtype == DType::kFloat16) {
                       add<Half>(args, begin * job.D, end * job.D);
                     } else if (job.dtype == DType::kBFloat16) {
@@ -101,6 +112,7 @@ Status add_rms_norm_on(const CpuKernels& kernels, const AddRmsNormArgs& args,
 
 Status add_rms_norm(const AddRmsNormArgs& args, const ExecutionContext& context) {
   CUDA_INT4_RETURN_IF_ERROR(validate_add_rms_norm(args));
+  CUDA_INT4_RETURN_IF_ERROR(check_quantized_y(kOp, args.y, context));
   if (context.device == DeviceKind::kCuda) {
     const CudaKernels* kernels = cuda_kernels();
     return kernels == nullptr ? built_without_cuda(kOp)

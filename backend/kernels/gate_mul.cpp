@@ -8,6 +8,7 @@
 #include "gate_functions.h"
 #include "ops.h"
 #include "parallel_ranges.h"
+#include "quantized_activation.h"
 
 namespace cuda_int4 {
 
@@ -112,6 +113,7 @@ Status gate_mul_on(const CpuKernels& kernels, const GateMulArgs& args,
 
 Status gate_mul(const GateMulArgs& args, const ExecutionContext& context) {
   CUDA_INT4_RETURN_IF_ERROR(validate_gate_mul(args));
+  CUDA_INT4_RETURN_IF_ERROR(check_quantized_y(kOp, args.y, context));
   if (context.device == DeviceKind::kCuda) {
     const CudaKernels* kernels = cuda_kernels();
     return kernels == nullptr ? built_without_cuda(kOp) : kernels->math->gate_mul(args, context);

@@ -83,11 +83,13 @@ Status validate_silu(const SiluArgs& args);
 Status silu(const SiluArgs& args, const ExecutionContext& context);
 
 // sum = x + residual, rounded; y = rms_norm(sum, weight, eps), computed from the rounded sum: to the
-// bit what add and rms_norm give one after the other.
+// bit what add and rms_norm give one after the other. With x_norm, rms_norm(x, x_norm, eps), rounded,
+// takes the place of x.
 struct AddRmsNormArgs {
   TensorView x;         // [..., D] float16 | bfloat16 | float32, contiguous
   TensorView residual;  // like x
   TensorView weight;    // absent or [D], any of the three dtypes
+  TensorView x_norm;    // likewise
   TensorView sum;       // like x; may be x or residual itself
   TensorView y;         // like x
   double eps;

@@ -21,6 +21,29 @@ uint64_t quantized_activation_bytes(int64_t M, int64_t K) {
          static_cast<uint64_t>(parameters) * sizeof(QuantizedParameter);
 }
 
+Status check_quantized_y(const char* who, const TensorView& y, const ExecutionContext& context) {
+  if (context.quantized_y == nullptr) return {};
+  if (context.device != DeviceKind::kCuda) {
+    return error(StatusCode::kUnsupported,
+                 "%s: expected no memory for y as int8 on the CPU, got some; linear() on the CPU "
+                 "quantises x itself",
+                 who);
+  }
+  if (y.sizes[y.ndim - 1] % kQuantizedGroup != 0) {
+    return error(StatusCode::kInvalidArgument,
+                 "%s: expected y [..., K] with K %% %" PRId64
+                 " == 0 to write it as int8 too, got %s; "
+                 "pad K",
+                 who, kQuantizedGroup, ShapeText(y).text);
+  }
+  if (reinterpret_cast<uintptr_t>(context.quantized_y) % 16 != 0) {
+    return error(StatusCode::kInvalidArgument,
+                 "%s: expected 16-byte aligned memory of quantized_activation_bytes(M, K), got %p",
+                 who, context.quantized_y);
+  }
+  return {};
+}
+
 Status quantize_activation(const TensorView& x, void* to, const ExecutionContext& context) {
   const TensorCheck check{kName, "x", "pass x as a contiguous float tensor [..., K]"};
   int64_t numel = 0;

@@ -16,6 +16,8 @@
 
 #include <cstdint>
 
+#include "tensor_view.h"
+
 namespace cuda_int4 {
 
 constexpr int64_t kQuantizedGroup = 32;  // k that share s_x
@@ -27,5 +29,8 @@ struct QuantizedParameter {
 
 constexpr int64_t quantized_tokens(int64_t M) { return M <= 2 ? M : (M + 7) / 8 * 8; }
 constexpr int64_t quantized_parameter_offset_bytes(int64_t M, int64_t K) { return M * K; }
+
+// Whether an op can write its y [..., K] as int8 too, where the context asks for it; y is valid.
+Status check_quantized_y(const char* who, const TensorView& y, const ExecutionContext& context);
 
 }  // namespace cuda_int4

@@ -5,6 +5,7 @@
 #include "cuda/cuda_kernels.h"
 #include "ops.h"
 #include "parallel_ranges.h"
+#include "quantized_activation.h"
 
 namespace cuda_int4 {
 
@@ -74,6 +75,7 @@ Status rms_norm_on(const CpuKernels& kernels, const RmsNormArgs& args,
 
 Status rms_norm(const RmsNormArgs& args, const ExecutionContext& context) {
   CUDA_INT4_RETURN_IF_ERROR(validate_rms_norm(args));
+  CUDA_INT4_RETURN_IF_ERROR(check_quantized_y(kOp, args.y, context));
   if (context.device == DeviceKind::kCuda) {
     const CudaKernels* kernels = cuda_kernels();
     return kernels == nullptr ? built_without_cuda(kOp) : kernels->math->rms_norm(args, context);

@@ -81,8 +81,11 @@ struct ExecutionContext {
   uint64_t scratch_bytes;
   // CUDA only from here on.
   const void* quantized_x = nullptr;  // x of a w4a8 linear, already quantised; nullptr: not yet
-  DeviceFault* fault = nullptr;       // memory that both sides see; nullptr: nobody asks
-  uint32_t op_index = 0;              // for `fault`: the instruction of the nested program
+  // Where rms_norm, add_rms_norm and gate_mul write y [..., K] a second time, as the w4a8 kernels read
+  // it (quantized_activation_bytes); nullptr: nobody asks. K % 32 == 0.
+  void* quantized_y = nullptr;
+  DeviceFault* fault = nullptr;  // memory that both sides see; nullptr: nobody asks
+  uint32_t op_index = 0;         // for `fault`: the instruction of the nested program
   // Nothing that is queued writes the weights of linears: a kernel launched as a dependent may read
   // them before its griddepcontrol_wait. In PyTorch the kernel ahead may have made them.
   bool constant_weights = false;

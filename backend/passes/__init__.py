@@ -16,8 +16,10 @@ from .assign_layout import AssignLayoutPass
 from .fold_dequantize import FoldDequantizePass
 from .fuse_add_rms_norm import FuseAddRmsNormPass
 from .fuse_gate_mul import FuseGateMulPass
+from .fuse_post_norm import FusePostNormPass
 from .fuse_rope_append import FuseRopeAppendPass
 from .merge_linears import MergeLinearsPass
+from .norm_before_select import NormBeforeSelectPass
 from .pack_weights import PackWeightsPass
 from .resolve_attention import ResolveAttentionPass
 from .resolve_dim_order import ResolveDimOrderPass
@@ -33,8 +35,10 @@ __all__ = [
     "FoldDequantizePass",
     "FuseAddRmsNormPass",
     "FuseGateMulPass",
+    "FusePostNormPass",
     "FuseRopeAppendPass",
     "MergeLinearsPass",
+    "NormBeforeSelectPass",
     "PackWeightsPass",
     "ResolveAttentionPass",
     "ResolveDimOrderPass",
@@ -50,10 +54,13 @@ __all__ = [
 
 
 # The passes that make one kernel of several, by the name that turns one off, in their order. Each
-# stands on its own; the last two find more where the linears have been merged.
+# stands on its own, but last_norm helps add_rms_norm and post_norm extends it; the last two find
+# more where the linears have been merged.
 FUSIONS: dict[str, Callable[[], ExportedProgramPassBase]] = {
     "linears": MergeLinearsPass,
+    "last_norm": NormBeforeSelectPass,
     "add_rms_norm": FuseAddRmsNormPass,
+    "post_norm": FusePostNormPass,
     "gate_mul": FuseGateMulPass,
     "rope_append": FuseRopeAppendPass,
 }

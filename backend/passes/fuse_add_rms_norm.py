@@ -20,7 +20,7 @@ class FuseAddRmsNormPass(ExportedProgramPassBase):
 
     Before: s = aten.add(x, residual)
             y = cuda_int4.rms_norm(s, weight, eps)
-    After:  s, y = cuda_int4.add_rms_norm(x, residual, weight, eps)
+    After:  s, y = cuda_int4.add_rms_norm(x, residual, weight, None, eps)
 
     The sum is rounded before it is normed, as before: the numbers are the same to the bit on a CPU.
     Left alone: operands that broadcast or differ in dtype, an addition with a factor.
@@ -32,12 +32,12 @@ class FuseAddRmsNormPass(ExportedProgramPassBase):
         with rewriting(exported_program):
             for norm in calls(exported_program, torch.ops.cuda_int4.rms_norm.default):
                 add, weight, eps = args_of(norm)
-                if not _is_plain_add(add) or _is_computed(weight):
+                if not is_plain_add(add) or is_computed(weight):
                     continue
                 x, residual, _ = args_of(add)
                 ours = torch.ops.cuda_int4.add_rms_norm.default
                 # In the place of the addition: other nodes may read the sum ahead of the norm.
-                pair = call_like(exported_program, add, ours, (x, residual, weight, eps))
+                pair = call_like(exported_program, add, ours, (x, residual, weight, None, eps))
                 for index, old in reversed(list(enumerate((add, norm)))):
                     with exported_program.graph.inserting_after(pair):
                         item = exported_program.graph.call_function(operator.getitem, (pair, index))
@@ -49,7 +49,8 @@ class FuseAddRmsNormPass(ExportedProgramPassBase):
         return ExportedProgramPassResult(exported_program, modified)
 
 
-def _is_plain_add(node: Node) -> bool:
+def is_plain_add(node: Node) -> bool:
+    """Whether two tensors of one shape and dtype are added, nothing else."""
     if op_of(node) is not aten.add.Tensor:
         return False
     x, residual, alpha = args_of(node)
@@ -66,6 +67,6 @@ def _is_plain_add(node: Node) -> bool:
     )
 
 
-def _is_computed(weight: Node | None) -> bool:
+def is_computed(weight: Node | None) -> bool:
     """Whether a norm's weight might come about behind the addition."""
     return weight is not None and weight.op != "placeholder"

@@ -29,13 +29,16 @@ Error check_call(const char* name, const Args* args, int32_t device) {
 /// An op that needs no scratch; `run` validates.
 template <typename Args>
 int32_t eager_op(const char* name, const Args* args, int32_t device, void* stream,
-                 Status (*run)(const Args&, const ExecutionContext&)) noexcept {
+                 Status (*run)(const Args&, const ExecutionContext&),
+                 void* quantized_y = nullptr) noexcept {
   return guarded([&]() -> Error {
     const Error invalid = check_call(name, args, device);
     if (invalid != Error::Ok) return invalid;
     const bool on_cpu = device == int32_t(DeviceKind::kCpu);
-    return fail(run(*args, ExecutionContext{static_cast<DeviceKind>(device), stream,
-                                            on_cpu ? &parallel_for : nullptr, nullptr, 0}));
+    ExecutionContext context{static_cast<DeviceKind>(device), stream,
+                             on_cpu ? &parallel_for : nullptr, nullptr, 0};
+    context.quantized_y = quantized_y;
+    return fail(run(*args, context));
   });
 }
 
@@ -155,20 +158,23 @@ int32_t cuda_int4_attention_scratch_bytes(const AttentionArgs* args, int32_t dev
   return eager_scratch_bytes(kAttention, args, device, nbytes);
 }
 
-int32_t cuda_int4_rms_norm(const RmsNormArgs* args, int32_t device, void* stream) {
-  return eager_op("cuda_int4::rms_norm", args, device, stream, &rms_norm);
+int32_t cuda_int4_rms_norm(const RmsNormArgs* args, int32_t device, void* stream,
+                           void* quantized_y) {
+  return eager_op("cuda_int4::rms_norm", args, device, stream, &rms_norm, quantized_y);
 }
 
 int32_t cuda_int4_silu(const SiluArgs* args, int32_t device, void* stream) {
   return eager_op("cuda_int4::silu", args, device, stream, &silu);
 }
 
-int32_t cuda_int4_add_rms_norm(const AddRmsNormArgs* args, int32_t device, void* stream) {
-  return eager_op("cuda_int4::add_rms_norm", args, device, stream, &add_rms_norm);
+int32_t cuda_int4_add_rms_norm(const AddRmsNormArgs* args, int32_t device, void* stream,
+                               void* quantized_y) {
+  return eager_op("cuda_int4::add_rms_norm", args, device, stream, &add_rms_norm, quantized_y);
 }
 
-int32_t cuda_int4_gate_mul(const GateMulArgs* args, int32_t device, void* stream) {
-  return eager_op("cuda_int4::gate_mul", args, device, stream, &gate_mul);
+int32_t cuda_int4_gate_mul(const GateMulArgs* args, int32_t device, void* stream,
+                           void* quantized_y) {
+  return eager_op("cuda_int4::gate_mul", args, device, stream, &gate_mul, quantized_y);
 }
 
 int32_t cuda_int4_rope_append(const RopeAppendArgs* args, int32_t device, void* stream) {

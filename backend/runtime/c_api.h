@@ -43,6 +43,8 @@ CUDA_INT4_API void cuda_int4_keep_log_quiet(void);
 // CPU nullptr is always right: the op then takes what it needs from the heap.
 // quantized_x: nullptr, or x as cuda_int4_quantize_activation has written it, for a CUDA linear with
 // activation "int8".
+// quantized_y: nullptr, or where to write y on CUDA a second time, as cuda_int4_quantize_activation
+// would.
 CUDA_INT4_API int32_t cuda_int4_linear(const cuda_int4::LinearArgs* args, int32_t device,
                                        void* stream, void* scratch, uint64_t scratch_bytes,
                                        const void* quantized_x);
@@ -63,12 +65,12 @@ CUDA_INT4_API int32_t cuda_int4_attention(const cuda_int4::AttentionArgs* args, 
 CUDA_INT4_API int32_t cuda_int4_attention_scratch_bytes(const cuda_int4::AttentionArgs* args,
                                                         int32_t device, uint64_t* nbytes);
 CUDA_INT4_API int32_t cuda_int4_rms_norm(const cuda_int4::RmsNormArgs* args, int32_t device,
-                                         void* stream);
+                                         void* stream, void* quantized_y);
 CUDA_INT4_API int32_t cuda_int4_silu(const cuda_int4::SiluArgs* args, int32_t device, void* stream);
 CUDA_INT4_API int32_t cuda_int4_add_rms_norm(const cuda_int4::AddRmsNormArgs* args, int32_t device,
-                                             void* stream);
+                                             void* stream, void* quantized_y);
 CUDA_INT4_API int32_t cuda_int4_gate_mul(const cuda_int4::GateMulArgs* args, int32_t device,
-                                         void* stream);
+                                         void* stream, void* quantized_y);
 CUDA_INT4_API int32_t cuda_int4_rope_append(const cuda_int4::RopeAppendArgs* args, int32_t device,
                                             void* stream);
 

@@ -21,21 +21,31 @@ using executorch::runtime::Span;
 
 namespace {
 
+/// Ops that write y as int8 too, where ExecutionContext has quantized_y.
+template <typename Args>
+constexpr bool kQuantizesY =
+    std::is_same_v<Args, RmsNormArgs> || std::is_same_v<Args, AddRmsNormArgs> ||
+    std::is_same_v<Args, GateMulArgs>;
+
 /// Validation, scratch from the method's temporary memory, the kernel, on the device that runs now.
+/// `shared`: x of a linear; y of an op that can write it as int8 too.
 template <typename Args>
 Error run_op(KernelRuntimeContext& context, const Args& args, Status (*validate)(const Args&),
              uint64_t (*scratch_bytes)(const Args&, DeviceKind),
-             Status (*run)(const Args&, const ExecutionContext&),
-             const EValue* shared_x = nullptr) {
+             Status (*run)(const Args&, const ExecutionContext&), const EValue* shared = nullptr) {
   const Error invalid = fail(validate(args));
   if (invalid != Error::Ok) return invalid;
   ExecutionContext execution = current_execution();
-  if constexpr (std::is_same_v<Args, LinearArgs>) {
-    SharedActivation* shared = current_shared_activation();
-    if (shared != nullptr && std::strcmp(args.activation, "int8") == 0) {
-      const Error error = shared->give(shared_x, args, &execution);
-      if (error != Error::Ok) return error;
+  SharedActivation* activation = current_shared_activation();
+  if (activation != nullptr && shared != nullptr) {
+    Error error = Error::Ok;
+    if constexpr (std::is_same_v<Args, LinearArgs>) {
+      if (std::strcmp(args.activation, "int8") == 0)
+        error = activation->give(shared, args, &execution);
+    } else if constexpr (kQuantizesY<Args>) {
+      error = activation->take(shared, args.y, &execution);
     }
+    if (error != Error::Ok) return error;
   }
   if (scratch_bytes != nullptr) {
     const Error error = give_scratch(context, scratch_bytes(args, execution.device), &execution);
@@ -102,7 +112,8 @@ void rms_norm_out(KernelRuntimeContext& context, Span<EValue*> stack) {
   args.eps = a.number(2);
   args.y = a.out(3, args.x);
   if (a.error() != Error::Ok) return context.fail(a.error());
-  finish(context, run_op<RmsNormArgs>(context, args, &validate_rms_norm, nullptr, &rms_norm));
+  finish(context,
+         run_op<RmsNormArgs>(context, args, &validate_rms_norm, nullptr, &rms_norm, stack[3]));
 }
 
 // silu(x, *, out)
@@ -115,19 +126,20 @@ void silu_out(KernelRuntimeContext& context, Span<EValue*> stack) {
   finish(context, run_op<SiluArgs>(context, args, &validate_silu, nullptr, &silu));
 }
 
-// add_rms_norm(x, residual, weight?, eps, *, sum, y)
+// add_rms_norm(x, residual, weight?, x_norm?, eps, *, sum, y)
 void add_rms_norm_out(KernelRuntimeContext& context, Span<EValue*> stack) {
-  OpArguments a("add_rms_norm.out", stack, 6);
+  OpArguments a("add_rms_norm.out", stack, 7);
   AddRmsNormArgs args{};
   args.x = a.tensor(0);
   args.residual = a.tensor(1);
   args.weight = a.optional_tensor(2);
-  args.eps = a.number(3);
-  args.sum = a.out(4, args.x);
-  args.y = a.out(5, args.x);
+  args.x_norm = a.optional_tensor(3);
+  args.eps = a.number(4);
+  args.sum = a.out(5, args.x);
+  args.y = a.out(6, args.x);
   if (a.error() != Error::Ok) return context.fail(a.error());
-  finish(context,
-         run_op<AddRmsNormArgs>(context, args, &validate_add_rms_norm, nullptr, &add_rms_norm));
+  finish(context, run_op<AddRmsNormArgs>(context, args, &validate_add_rms_norm, nullptr,
+                                         &add_rms_norm, stack[6]));
 }
 
 // gate_mul(gate_up, activation, *, out)
@@ -140,7 +152,8 @@ void gate_mul_out(KernelRuntimeContext& context, Span<EValue*> stack) {
   if (a.error() == Error::Ok)
     args.y = a.out(2, args.gate_up, ndim > 0 ? args.gate_up.sizes[ndim - 1] / 2 : -1);
   if (a.error() != Error::Ok) return context.fail(a.error());
-  finish(context, run_op<GateMulArgs>(context, args, &validate_gate_mul, nullptr, &gate_mul));
+  finish(context,
+         run_op<GateMulArgs>(context, args, &validate_gate_mul, nullptr, &gate_mul, stack[2]));
 }
 
 // rope_append(k_cache!, v_cache!, qkv, cos, sin, input_pos, q_norm?, k_norm?, n_heads, interleaved,

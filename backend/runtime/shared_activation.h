@@ -1,11 +1,13 @@
 // SharedActivation -- the int8 form of an activation, made by the first w4a8 linear that reads it and
-// found there by the others: the query, key and value projections of one x quantise it once.
+// found there by the others: the query, key and value projections of one x quantise it once. From
+// the next run on, an op that can write its result as int8 too has made it already.
 #pragma once
 
 #include <executorch/runtime/core/evalue.h>
 
 #include <cstddef>
 #include <cstdint>
+#include <unordered_set>
 
 #include "../kernels/ops.h"
 #include "device.h"
@@ -24,6 +26,10 @@ class SharedActivation {
   /// valid.
   executorch::runtime::Error give(const executorch::runtime::EValue* value, const LinearArgs& args,
                                   ExecutionContext* execution);
+  /// Sets execution->quantized_y for an op that can write its result `y`, which is `value`, as int8
+  /// too, where a linear was given that value before. The op is queued behind it.
+  executorch::runtime::Error take(const executorch::runtime::EValue* value, const TensorView& y,
+                                  ExecutionContext* execution);
   /// What it holds may have been written to since: from here on it is made again.
   void forget() { of_ = nullptr; }
   /// Counts the memories there have been: addresses given out under another count are stale.
@@ -37,6 +43,10 @@ class SharedActivation {
   const executorch::runtime::EValue* of_ = nullptr;
   const void* of_data_ = nullptr;
   uint64_t of_nbytes_ = 0;
+  std::unordered_set<const executorch::runtime::EValue*> read_;  // what linears were given
+
+  executorch::runtime::Error reserve(const TensorView& x);
+  void now_of(const executorch::runtime::EValue* value, const TensorView& x);
 };
 
 }  // namespace cuda_int4

@@ -11,6 +11,7 @@ line for each check that failed and a summary; the exit status is 0 if all are r
 from __future__ import annotations
 
 import argparse
+import ctypes
 import itertools
 import sys
 from pathlib import Path
@@ -67,13 +68,65 @@ def check_add_rms_norm() -> None:
         x, residual = (normal(rows, D, dtype=dtype, offset=offset) for _ in range(2))
         for weight in (None, normal(D), normal(D, dtype=dtype)):
             what = f"add_rms_norm {dtype} [{rows}, {D}] + {offset}, weight {weight is not None}"
-            total, y = ops.add_rms_norm(x, residual, weight, 1e-5)
+            total, y = ops.add_rms_norm(x, residual, weight, None, 1e-5)
             same(total, x + residual, f"{what}: sum")
             same(y, ops.rms_norm(x + residual, weight, 1e-5), f"{what}: against rms_norm")
             w = None if weight is None else weight.double()
             near(y, F.rms_norm(total.double(), (D,), w, 1e-5), 2, f"{what}: against float64")
+            x_norm = normal(D) if weight is None else weight.flip(0)
+            what += ", x normed"
+            total, y = ops.add_rms_norm(x, residual, weight, x_norm, 1e-5)
+            normed = ops.rms_norm(x, x_norm, 1e-5)
+            same(total, normed + residual, f"{what}: sum")
+            same(y, ops.rms_norm(total, weight, 1e-5), f"{what}: against rms_norm")
+            exact = F.rms_norm(x.double(), (D,), x_norm.double(), 1e-5)
+            near(total, exact + residual.double(), 4, f"{what}: against float64", exact)
     x = torch.empty(0, 16, device="cuda")
-    note(ops.add_rms_norm(x, x, None, 1e-5)[1].shape == x.shape, "add_rms_norm without rows")
+    note(ops.add_rms_norm(x, x, None, x[0], 1e-5)[1].shape == x.shape, "add_rms_norm, no rows")
+
+
+def quantized(op: str, args: ctypes.Structure, y: Tensor) -> tuple[Tensor, Tensor]:
+    """What the op writes beside ``y``, and what quantize_activation makes of ``y``."""
+    library, stream = _native.library(), torch.cuda.current_stream().cuda_stream
+    K = y.shape[-1]
+    nbytes = library.quantized_activation_bytes(y.numel() // K, K)
+    beside, behind = torch.full((2, nbytes), 0x55, dtype=torch.uint8, device="cuda")
+    call = getattr(library, op)
+    _native.check(call(args, _native.DEVICE_CUDA, stream, beside.data_ptr()))
+    view = _native.tensor_view(y)
+    _native.check(library.quantize_activation(view, stream, behind.data_ptr()))
+    return beside, behind
+
+
+def check_quantized() -> None:
+    """A y as int8 is what quantize_activation makes of it, padding too; zeros, NaN, inf."""
+    sizes = ((1, 4096), (2, 5376), (3, 64), (16, 8192), (9, 20480), (1, 32), (5, 96))
+    for dtype, (M, K), offset in itertools.product(DTYPES, sizes, (0, 1)):
+        what = f"{dtype} [{M}, {K}] + {offset}"
+        x, residual = (normal(M, K, dtype=dtype, offset=offset) for _ in range(2))
+        x[-1], residual[-1] = 0, 0
+        if M > 2:
+            x[0, 5], x[1, 7] = torch.nan, torch.inf
+        weight, x_norm = normal(K, dtype=dtype), normal(K, dtype=dtype)
+        total, y = torch.empty(2, M, K, dtype=dtype, device="cuda")
+        views = [_native.tensor_view(t) for t in (x, weight, y)]
+        found, expected = quantized("rms_norm", _native.RmsNormArgs(*views, 1e-5), y)
+        same(found, expected, f"rms_norm as int8 {what}")
+        for first in (None, x_norm):
+            views = [_native.tensor_view(t) for t in (x, residual, weight, first, total, y)]
+            args = _native.AddRmsNormArgs(*views, 1e-5)
+            found, expected = quantized("add_rms_norm", args, y)
+            same(found, expected, f"add_rms_norm as int8 {what}, x normed {first is not None}")
+        gate_up = normal(M, 2 * K, dtype=dtype, offset=offset) * 4
+        gate_up[-1] = 0
+        for activation in (b"silu", b"gelu_tanh"):
+            args = _native.GateMulArgs(*map(_native.tensor_view, (gate_up, y)), activation)
+            found, expected = quantized("gate_mul", args, y)
+            same(found, expected, f"gate_mul as int8 {activation!r} {what}")
+    x = normal(2, 33)
+    args = _native.RmsNormArgs(*map(_native.tensor_view, (x, None, x.clone())), 1e-5)
+    code = _native.library().rms_norm(args, _native.DEVICE_CUDA, None, x.data_ptr())
+    note(code != 0, "rms_norm wrote rows of 33 as int8")
 
 
 def check_gate_mul() -> None:
@@ -193,7 +246,7 @@ def check_capture() -> None:
     norm = normal(64)
 
     def step() -> tuple[Tensor, ...]:
-        total, y = ops.add_rms_norm(x, residual, weight, 1e-5)
+        total, y = ops.add_rms_norm(x, residual, weight, weight, 1e-5)
         operands = (y.view(1, 1, 256), *tables, pos, norm, norm)
         q = ops.rope_append(*caches, *operands, 2, False, 1e-5)
         return total, y, q, ops.gate_mul(y, "silu")
@@ -255,8 +308,8 @@ def main() -> int:
     assert _native.library(), "the package is built"
     torch.manual_seed(0)
     for check in (
-        check_add_rms_norm, check_gate_mul, check_rope_append, check_rope_append_with_norms,
-        check_capture,
+        check_add_rms_norm, check_gate_mul, check_quantized, check_rope_append,
+        check_rope_append_with_norms, check_capture,
     ):  # fmt: skip
         before = n_right
         check()

@@ -3,13 +3,15 @@
 //   operand  dtype             shape    order in memory  align
 //   gate_up  f16 | bf16 | f32  [M, 2N]  row-major        dtype (16 B and N in whole 16 B: fast)
 //   y (out)  dtype of gate_up  [M, N]   row-major        as gate_up; no part of it
+//   a, parameter (out)  y as int8, where it is asked for: ../quantized_activation.h
 //
-// Requires  nothing more   (checked by validate_gate_mul)
+// Requires  nothing more   (checked by validate_gate_mul); N % 32 == 0 for the int8 form
 // Grid      one thread per 16 bytes of y, or per element where they do not fit; at most 2^30 blocks
 //           of 256, the rest in strides
 // Bytes     reads gate_up, writes y
 // Numerics  fp32, exp, erf and tanh to 2 ulp; f is rounded to the dtype, then the product: the bits
-//           of silu.cu and a multiplication
+//           of silu.cu and a multiplication. The int8 form is that of the rounded y, to the bit
+//           quantize_int8's
 // Source    own
 #include "gate_mul.cuh"
 #include "launch_dependent.cuh"
@@ -38,23 +40,33 @@ __device__ __forceinline__ float gated(float x) {
 template <typename X, GateFunction kFunction, int kVec>
 __global__ void __launch_bounds__(kThreads) gate_mul_kernel(GateMulKernelArgs p) {
   using Vector = Elems<X, kVec>;
-  griddepcontrol_wait();
   griddepcontrol_launch_dependents();
+  griddepcontrol_wait();
   const Vector* gate_up = static_cast<const Vector*>(p.gate_up);
   Vector* y = static_cast<Vector*>(p.y);
   const int64_t row_vectors = p.N / kVec, n_vectors = p.numel / kVec;
-  for (int64_t v = int64_t{blockIdx.x} * kThreads + threadIdx.x; v < n_vectors;
-       v += int64_t{gridDim.x} * kThreads) {
-    const int64_t gate_at = v + v / row_vectors * row_vectors;  // as many factors lie in between
+  const int64_t first = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  const int64_t stride = int64_t{gridDim.x} * kThreads;
+  for (int64_t v = first; v < n_vectors; v += stride) {
+    const int64_t row = v / row_vectors;
+    const int64_t gate_at = v + row * row_vectors;  // as many factors lie in between
     const Vector gate = gate_up[gate_at], up = gate_up[gate_at + row_vectors];
     Vector out;
+    float values[kVec];
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
       const X f = from_float<X>(gated<kFunction>(as_float(gate.values[i])));
       out.values[i] = from_float<X>(as_float(f) * as_float(up.values[i]));
+      values[i] = as_float(out.values[i]);
     }
     y[v] = out;
+    if (p.quantized.a != nullptr)
+      quantize_group<kVec>(p.quantized, values, row, (v - row * row_vectors) * kVec);
   }
+  if (p.quantized.a == nullptr) return;
+  const int64_t M = p.numel / p.N, n_padding = p.quantized.n_tokens - M;
+  for (int64_t i = first; i < n_padding * (p.N / kQuantizedGroup); i += stride)
+    p.quantized.parameter[i / n_padding * p.quantized.n_tokens + M + i % n_padding] = {0.f, 0};
 }
 
 template <typename X, GateFunction kFunction, int kVec>

@@ -7,6 +7,7 @@
 
 #include "../gate_functions.h"
 #include "../tensor_view.h"
+#include "quantize_group.cuh"
 
 namespace cuda_int4 {
 
@@ -15,7 +16,8 @@ struct GateMulKernelArgs {  // device pointers; sizes in elements
   void* y;
   DType dtype;
   GateFunction function;
-  int64_t numel, N;  // of y
+  int64_t numel, N;         // of y
+  QuantizedRows quantized;  // y once more
 };
 
 cudaError_t launch_gate_mul(const GateMulKernelArgs& args, cudaStream_t stream);

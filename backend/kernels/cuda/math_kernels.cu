@@ -5,6 +5,7 @@
 #include "launch_status.cuh"
 #include "math_kernels.h"
 #include "matmul_kernels.cuh"
+#include "norm_rows.cuh"
 #include "reduce.cuh"
 #include "rms_norm.cuh"
 #include "rope_append.cuh"
@@ -23,8 +24,17 @@ int64_t numel_of(const TensorView& view) {
   return static_cast<int64_t>(view.nbytes) / dtype_bytes(view.dtype);
 }
 
+// Where `context` wants y [..., K] as int8 too.
+QuantizedRows quantized_rows(const TensorView& y, const ExecutionContext& context) {
+  if (context.quantized_y == nullptr) return {};
+  const int64_t K = y.sizes[y.ndim - 1], M = numel_of(y) / K;
+  int8_t* a = static_cast<int8_t*>(context.quantized_y);
+  return {a, reinterpret_cast<QuantizedParameter*>(a + quantized_parameter_offset_bytes(M, K)), K,
+          quantized_tokens(M)};
+}
+
 Status run_rms_norm(const RmsNormArgs& args, const ExecutionContext& context) {
-  RmsNormKernelArgs kernel_args = {};
+  NormRowsArgs kernel_args = {};
   kernel_args.x = args.x.data;
   kernel_args.weight = args.weight.present() ? args.weight.data : nullptr;
   kernel_args.y = args.y.data;
@@ -33,6 +43,8 @@ Status run_rms_norm(const RmsNormArgs& args, const ExecutionContext& context) {
   kernel_args.D = args.x.sizes[args.x.ndim - 1];
   kernel_args.n_rows = numel_of(args.x) / kernel_args.D;
   kernel_args.eps = static_cast<float>(args.eps);
+  kernel_args.constant_weights = context.constant_weights;
+  kernel_args.quantized = quantized_rows(args.y, context);
   return launch_status("cuda_int4::rms_norm", launch_rms_norm(kernel_args, stream_of(context)));
 }
 
@@ -42,25 +54,33 @@ Status run_silu(const SiluArgs& args, const ExecutionContext& context) {
 }
 
 Status run_add_rms_norm(const AddRmsNormArgs& args, const ExecutionContext& context) {
-  AddRmsNormKernelArgs kernel_args = {};
+  NormRowsArgs kernel_args = {};
   kernel_args.x = args.x.data;
   kernel_args.residual = args.residual.data;
   kernel_args.weight = args.weight.present() ? args.weight.data : nullptr;
+  kernel_args.x_norm = args.x_norm.present() ? args.x_norm.data : nullptr;
   kernel_args.sum = args.sum.data;
   kernel_args.y = args.y.data;
   kernel_args.dtype = args.x.dtype;
   kernel_args.weight_dtype = args.weight.present() ? args.weight.dtype : args.x.dtype;
   kernel_args.D = args.x.sizes[args.x.ndim - 1];
   kernel_args.n_rows = numel_of(args.x) / kernel_args.D;
+  kernel_args.x_norm_dtype = args.x_norm.dtype;
   kernel_args.eps = static_cast<float>(args.eps);
+  kernel_args.constant_weights = context.constant_weights;
+  kernel_args.quantized = quantized_rows(args.y, context);
   return launch_status("cuda_int4::add_rms_norm",
                        launch_add_rms_norm(kernel_args, stream_of(context)));
 }
 
 Status run_gate_mul(const GateMulArgs& args, const ExecutionContext& context) {
-  const GateMulKernelArgs kernel_args = {args.gate_up.data, args.y.data,
-                                         args.y.dtype,      gate_function_of(args.activation),
-                                         numel_of(args.y),  args.y.sizes[args.y.ndim - 1]};
+  const GateMulKernelArgs kernel_args = {args.gate_up.data,
+                                         args.y.data,
+                                         args.y.dtype,
+                                         gate_function_of(args.activation),
+                                         numel_of(args.y),
+                                         args.y.sizes[args.y.ndim - 1],
+                                         quantized_rows(args.y, context)};
   return launch_status("cuda_int4::gate_mul", launch_gate_mul(kernel_args, stream_of(context)));
 }
 

@@ -1,23 +1,12 @@
-// rms_norm: arguments and launcher; the contract is in rms_norm.cu.
+// rms_norm: launcher; the contract is in rms_norm.cu, the arguments in norm_rows.cuh.
 #pragma once
 
 #include <cuda_runtime.h>
 
-#include <cstdint>
-
-#include "../tensor_view.h"
-
 namespace cuda_int4 {
 
-struct RmsNormKernelArgs {  // device pointers; sizes in elements
-  const void* x;
-  const void* weight;  // nullptr: 1
-  void* y;
-  DType dtype, weight_dtype;
-  int64_t n_rows, D;
-  float eps;
-};
+struct NormRowsArgs;
 
-cudaError_t launch_rms_norm(const RmsNormKernelArgs& args, cudaStream_t stream);
+cudaError_t launch_rms_norm(const NormRowsArgs& args, cudaStream_t stream);
 
 }  // namespace cuda_int4
