@@ -1,11 +1,11 @@
-"""Checks the decode loop that stays on the GPU: its sampler against the CPU's, its tokens against the host's.
+"""Checks the decode loop that stays on the GPU: its sampler and its tokens against the host's.
 
     python tests/gpu/check_cuda_loop.py [--folder DIR] [--only PART ...] [--quick]
     python tests/gpu/check_cuda_loop.py --folder DIR --export      # on any machine, beforehand
 
 Needs the package, built with nvcc, and torch with CUDA. Prints a line per part, one for each check
-that failed, and a summary; the exit status is 0 if all are right. ``--quick`` leaves most cases out,
-for compute-sanitizer.
+that failed, and a summary; the exit status is 0 if all are right. ``--quick`` leaves most cases
+out, for compute-sanitizer.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Rows:
             n_rows=self.n,
             vocab_size=vocab_size,
             row_stride=logits.shape[1],
-            dtype=_native.DTYPE_NUMBERS[logits.dtype],
+            dtype=_native.tensor_view(torch.empty(1, dtype=logits.dtype)).dtype,
             is_greedy=self.is_greedy,
             rows=self.rows.data_ptr(),
             tokens=self.tokens.data_ptr(),
