@@ -243,6 +243,7 @@ def check(model: Decoder) -> float:
 def measure(model: Decoder, options: argparse.Namespace) -> list[list[str]]:
     """Rows from "phase" to "compile_s"."""
     compile_s = check(model)
+    print(f"compiled in {compile_s:.1f} s", file=sys.stderr)
     rows = []
     graph = record(model.step)
     for n in [options.prompt, *options.context]:
@@ -312,8 +313,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         *(n + options.new_tokens for n in options.context),
         *options.prefill,
     ])  # fmt: skip
+    start = time.perf_counter()
     with torch.inference_mode():
         model = Decoder(config, options.weights, options.sequences, length, options.sdpa)
+        torch.cuda.synchronize()
+        print(f"weights drawn in {time.perf_counter() - start:.1f} s", file=sys.stderr)
         rows = measure(model, options)
     gpu = f"{torch.cuda.get_device_name()}, driver {driver_version()}, torch {torch.__version__}"
     case = [options.model, config.n_layers, options.weights, options.sequences]
