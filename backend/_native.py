@@ -191,6 +191,7 @@ class ModelOptions(ctypes.Structure):
         ("device", c_char_p),
         ("verify", c_int32),
         ("cuda_graph", c_int32),
+        ("device_loop", c_int32),
         ("on_callers_stream", c_int32),
         ("cuda_stream", c_void_p),
     ]
@@ -219,6 +220,7 @@ class DecodeInfo(ctypes.Structure):
         ("max_seq_len", c_int64),
         ("vocab_size", c_int64),
         ("bos_id", c_int64),
+        ("max_sequences", c_int64),
         ("n_eos_ids", c_uint64),
         ("eos_ids", c_int64 * 32),
     ]
@@ -259,6 +261,21 @@ class GenerateStats(ctypes.Structure):
         ("peak_memory_bytes", c_uint64),
         ("peak_device_memory_bytes", c_uint64),
         ("stop_reason", c_int32),
+        ("n_sequences", c_int32),
+    ]
+
+
+class GenerateRequest(ctypes.Structure):
+    """runtime/c_api.h cuda_int4_generate_request."""
+
+    _fields_ = [
+        ("prompt", POINTER(c_int64)),
+        ("n_prompt", c_uint64),
+        ("start_pos", c_int64),
+        ("config", GenerateConfig),
+        ("callback", TokenCallback),
+        ("user", c_void_p),
+        ("stats", GenerateStats),
     ]
 
 
@@ -373,6 +390,10 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
             c_void_p,
             POINTER(GenerateStats),
         ],
+    ),
+    "generate_several": (
+        c_int32,
+        [c_void_p, POINTER(GenerateRequest), c_uint64, POINTER(GenerateStats)],
     ),
 }
 
@@ -564,6 +585,7 @@ __all__ = [
     "DecodeInfo",
     "DeviceUse",
     "GenerateConfig",
+    "GenerateRequest",
     "GenerateStats",
     "LinearArgs",
     "ModelOptions",

@@ -283,6 +283,7 @@ def load(
     verify: bool = True,
     *,
     cuda_graph: bool = True,
+    device_loop: bool = True,
     cuda_stream: int | None = None,
 ) -> Model:
     """Open a ``.pte`` and make sure that this build can run all of it.
@@ -297,6 +298,8 @@ def load(
             program and its header are always checked.
         cuda_graph: on a GPU, replay a CUDA graph from the second call on with inputs of the same
             sizes. CUDA_INT4_CUDA_GRAPH=0 in the environment turns it off, too.
+        device_loop: on a GPU, ``generate`` chooses tokens there, and the host reads them one step
+            behind; ``CUDA_INT4_DEVICE_LOOP=0`` turns it off, too. The tokens are the same.
         cuda_stream: the ``cudaStream_t`` to work on, as a number
             (``torch.cuda.current_stream().cuda_stream``), alive as long as the model. None: each
             method has a stream of its own.
@@ -312,7 +315,7 @@ def load(
             raise ValueError(f"load: expected a path without NUL, got {encoded!r}; correct it")
     handle = ctypes.c_void_p()
     options = _native.ModelOptions(
-        device.encode(), verify, cuda_graph, cuda_stream is not None, cuda_stream
+        device.encode(), verify, cuda_graph, device_loop, cuda_stream is not None, cuda_stream
     )
     check(library().model_open_with(*paths, ctypes.byref(options), ctypes.byref(handle)))
     if handle.value is None:

@@ -59,6 +59,27 @@ class HistoryModel(nn.Module):
         return logits[:, -1] if self.last_only else logits
 
 
+class RowsHistoryModel(HistoryModel):
+    """HistoryModel for several conversations, each with a row of the cache.
+
+    forward(tokens [B, S], input_pos [B, S]) -> logits [B, S, V], or [B, V] with ``last_only``.
+    """
+
+    def __init__(self, n_rows: int, **options: Any):
+        super().__init__(**options)
+        self.register_buffer("history", torch.zeros(n_rows, self.context))
+        self.register_buffer("rows", torch.arange(n_rows))
+
+    def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
+        n = tokens.shape[0]
+        history = self.history.index_put_((self.rows[:n, None], input_pos), tokens.float() + 1)
+        seen = (self.keys <= input_pos.unsqueeze(2)).float()
+        state = (history[:n].unsqueeze(1) * self.weights * seen).sum(-1)
+        row = (state - self.vocab_size * torch.floor(state / self.vocab_size)).long()
+        logits = F.embedding(row, self.table)
+        return logits[:, -1] if self.last_only else logits
+
+
 class ToyLlama(nn.Module):
     """Two layers of a byte-level Llama; every weight random, so that no bug hides behind zeros."""
 
@@ -305,6 +326,23 @@ def export_plain(
     context = getattr(model, "context", 64)
     methods = constant_methods(context, max_seq_len, **methods)
     program = to_edge_transform_and_lower(exported, constant_methods=methods).to_executorch()
+    path.write_bytes(program.buffer)
+    return path
+
+
+def export_rows(path: Path, n_rows: int, max_seq_len: int = 16, **options: Any) -> Path:
+    """Write a RowsHistoryModel as a .pte without any delegate."""
+    from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
+
+    model = RowsHistoryModel(n_rows, **options)
+    free = {0: torch.export.Dim("B", max=n_rows), 1: torch.export.Dim("S", max=max_seq_len)}
+    inputs = torch.arange(6).reshape(2, 3), torch.arange(3).expand(2, 3).contiguous()
+    exported = torch.export.export(model, inputs, dynamic_shapes=(free, free))
+    program = to_edge_transform_and_lower(
+        exported,
+        constant_methods=constant_methods(model.context, max_seq_len),
+        compile_config=EdgeCompileConfig(_check_ir_validity=False),
+    ).to_executorch()
     path.write_bytes(program.buffer)
     return path
 

@@ -56,6 +56,7 @@ def test_ctypes_mirrors_the_structs(programs):
         "cuda_int4_device_use": _native.DeviceUse,
         "cuda_int4_generate_config": _native.GenerateConfig,
         "cuda_int4_generate_stats": _native.GenerateStats,
+        "cuda_int4_generate_request": _native.GenerateRequest,
         "cuda_int4_decode_info": _native.DecodeInfo,
     }
     found = dict(line.split(" ", 1) for line in run(programs / "structs").stdout.splitlines())

@@ -20,6 +20,7 @@ from language_models import (
     HistoryModel,
     ToyLlama,
     export_plain,
+    export_rows,
     export_toy_llama,
     greedy,
     toy_llama,
@@ -101,6 +102,43 @@ def test_a_seed_is_a_conversation_and_sampling_leaves_the_greedy_path(history):
     assert first == run_json(history, *options, "--seed", 3, "--prefill-chunk", 2)["tokens"]
     assert first != run_json(history, *options, "--seed", 4)["tokens"]
     assert run_json(history, *options, "--top-k", 1)["tokens"] == greedy(HistoryModel(), PROMPT, 20)
+
+
+def test_a_sequence_has_draws_of_its_own_and_min_p_filters_them(history):
+    options = ["--tokens", ids(PROMPT), "--max-new", 20, "--temperature", 1.5]
+    first = run_json(history, *options, "--sequence", 1)["tokens"]
+    assert first == run_json(history, *options, "--sequence", 1)["tokens"]
+    assert first != run_json(history, *options)["tokens"]
+    assert run_json(history, *options, "--min-p", 1)["tokens"] == greedy(HistoryModel(), PROMPT, 20)
+
+
+@pytest.mark.parametrize("kind", ["one row", "rows"])
+def test_several_prompts(folder, history, kind):
+    path = history if kind == "one row" else export_rows(folder / "rows.pte", 3)
+    prompts = [[1], PROMPT, [7, 7, 7], [200, 3]]
+    lists = folder / "lists.txt"
+    lists.write_text("".join(f"{ids(prompt)}\n" for prompt in prompts))
+    result = run_json(path, "--token-lists", lists, "--max-new", 9)
+    expected = [greedy(HistoryModel(), prompt, 9) for prompt in prompts]
+    assert [one["tokens"] for one in result["sequences"]] == expected
+    assert result["total"]["n_sequences"] == 4 and result["total"]["new_tokens"] == 36
+    assert result["total"]["prompt_tokens"] == sum(map(len, prompts))
+    done = run(path, "--token-lists", lists, "--max-new", 9)
+    lines = [f"[{i + 1}] {' '.join(map(str, tokens))}" for i, tokens in enumerate(expected)]
+    assert done.stdout.decode() == "\n".join(lines) + "\n"
+    assert b"decoded 36 tokens" in done.stderr and b"in 4 sequences" in done.stderr
+
+
+def test_several_texts_draw_apart(folder, history):
+    texts = folder / "texts.txt"
+    texts.write_bytes(b"def f(x)\r\ndef f(x)\nimport")
+    options = ["--max-new", 8, "--temperature", 1, "--seed", 4]
+    result = run_json(history, "--prompts", texts, *options)["sequences"]
+    assert [one["prompt_tokens"] for one in result] == [8, 8, 6]
+    for i, prompt in enumerate(["def f(x)", "def f(x)", "import"]):
+        alone = run_json(history, "--prompt", prompt, *options, "--sequence", i)
+        assert result[i]["tokens"] == alone["tokens"] and result[i]["text"] == alone["text"]
+    assert result[0]["tokens"] != result[1]["tokens"]
 
 
 def test_threads_do_not_change_the_tokens(llama):
@@ -263,7 +301,11 @@ def test_ctrl_c_with_json_still_gives_the_object(endless):
     ("args", "reason"),
     [
         ([], "expected the path of a .pte, got none"),
-        (["m.pte"], "expected one of --prompt, --prompt-file and --tokens"),
+        (["m.pte"], "expected one of --prompt, --prompt-file, --tokens, --prompts and"),
+        (["m.pte", "--prompts", "/dev/null"], "--prompts: expected a line for each prompt"),
+        (["m.pte", "--prompts", "/nowhere/at/all"], "--prompts: /nowhere/at/all: No such file"),
+        (["m.pte", "--token-lists", "/dev/null", "--prompt", "a"], "expected a line"),
+        (["m.pte", "--prompt", "a", "--min-p", "2"], "min_p: expected 0 <= min_p <= 1"),
         (["m.pte", "n.pte", "--prompt", "a"], "expected one .pte, got 'n.pte' besides"),
         (["m.pte", "--prompt", "a", "--tokens", "1"], "got two"),
         (["m.pte", "--prompt", ""], "at least one byte"),
@@ -324,6 +366,24 @@ LOGITS = torch.zeros(1, 4, 8)
         (Constant(LOGITS), INT64[:1], {}, "expected forward(tokens, input_pos) -> logits, got 1"),
         (Constant(LOGITS), (torch.zeros(1, 4), INT64[1]), {}, "expected tokens [1, S] int64"),
         (Constant(LOGITS), (torch.zeros(2, 4, dtype=torch.int64), INT64[1]), {}, "a batch of one"),
+        (
+            Constant(LOGITS),
+            (torch.zeros(2, 4, dtype=torch.int64), torch.zeros(2, 3, dtype=torch.int64)),
+            {},
+            "or, like tokens, [B, S]",
+        ),
+        (
+            Constant(LOGITS),
+            (torch.zeros(2, 4, dtype=torch.int64), torch.zeros(2, 4, dtype=torch.int64)),
+            {},
+            "or a row for each of tokens",
+        ),
+        (
+            Constant(LOGITS),
+            INT64,
+            {"get_max_batch": 2},
+            "expected get_max_batch in 1..1",
+        ),
         (Constant(LOGITS), (INT64[0], torch.arange(3)), {}, "expected input_pos [S] or [1] int64"),
         (Constant(LOGITS.long()), INT64, {}, "expected logits [1, S, V] or [1, V] in float16"),
         (Constant(LOGITS), INT64, {"use_kv_cache": False}, "use_kv_cache says false"),

@@ -105,6 +105,15 @@ def test_in_place_on_a_weight(forge):
     assert "cuda_int4::index_put_ on" in message and "/qdata/" in message
 
 
+def test_a_cache_larger_than_the_machines_memory(forge):
+    def edit(plan):
+        plan.values[constant(plan, "seen")].val.sizes = [2**20, 2**20]
+
+    path = forge(models.Cache(), edit, (rows(3), torch.arange(3)))
+    with pytest.raises(CudaInt4Error, match=f"bytes of free memory .* {2**42} of caches"):
+        cuda_int4.load(path, device="cpu")
+
+
 @pytest.mark.parametrize("at", [-2, -1])
 def test_an_output_that_is_a_constant(forge, at):
     def edit(plan):
@@ -377,6 +386,30 @@ def test_a_copy_to_what_is_no_row(forge, by):
             CudaInt4Error, match="et_copy_index.tensor: expected a tensor, one like"
         ):
             model.forward(rows(16))
+
+
+def add_row(y: Tensor, _: Tensor) -> Tensor:
+    return y + y.sum(0)
+
+
+@pytest.mark.parametrize("row", [15, 16, 2**31 - 1, 2**62])
+def test_a_copy_to_a_row_that_memory_is_planned_for_or_not(forge, row):
+    def edit(plan):
+        for operator in plan.operators:
+            if operator.name == "aten::add":
+                operator.name, operator.overload = "executorch_prim::et_copy_index", "tensor"
+        plan.values.append(EValue(Int(row)))
+        call = arguments(plan, "et_copy_index")
+        call[:] = [call[-1], call[1], len(plan.values) - 1]
+
+    x = rows(16)
+    with cuda_int4.load(forge(Constant(add_row), edit, devices=("cpu",)), device="cpu") as model:
+        if row < 16:
+            plain = Constant(add_row)
+            assert model.forward(x)[0].shape == plain(x).shape
+            return
+        with pytest.raises(CudaInt4Error, match=f"row that memory is planned for, got {row}; the"):
+            model.forward(x)
 
 
 def cat(y: Tensor, c: Tensor) -> Tensor:

@@ -80,9 +80,11 @@ struct cuda_int4_model_options {
   // "auto" | "cpu" | "cuda" | "cuda:<index>"; nullptr is "auto": the environment variable
   // CUDA_INT4_DEVICE, else CUDA where a GPU answers and has a kernel of every op, else the CPU.
   const char* device;
-  int32_t verify;             // 0 skips checksums over constants (the program is always checked)
-  int32_t cuda_graph;         // 0 launches kernel by kernel, where else calls of a size seen before
-                              // replay a CUDA graph (CUDA_INT4_CUDA_GRAPH=0 does the same)
+  int32_t verify;       // 0 skips checksums over constants (the program is always checked)
+  int32_t cuda_graph;   // 0 launches kernel by kernel, where else calls of a size seen before
+                        // replay a CUDA graph (CUDA_INT4_CUDA_GRAPH=0 does the same)
+  int32_t device_loop;  // 0: cuda_int4_generate brings the logits of every token to the host, where
+                        // else a GPU chooses (CUDA_INT4_DEVICE_LOOP=0 does the same)
   int32_t on_callers_stream;  // 1: work on cuda_stream, else each method on a stream of its own
   void* cuda_stream;          // a cudaStream_t that outlives the model; nullptr: the default stream
 };
@@ -147,7 +149,8 @@ struct cuda_int4_decode_info {
   int64_t max_context_len;  // tokens the cache holds
   int64_t max_seq_len;      // tokens that one forward takes
   int64_t vocab_size;
-  int64_t bos_id;  // begins a conversation; -1: none. generate does not put it in front
+  int64_t bos_id;         // begins a conversation; -1: none. generate does not put it in front
+  int64_t max_sequences;  // that one forward takes: cuda_int4_generate_several
   uint64_t n_eos_ids;
   int64_t eos_ids[32];
 };
@@ -177,6 +180,8 @@ struct cuda_int4_generate_stats {
   uint64_t peak_memory_bytes;         // of the process
   uint64_t peak_device_memory_bytes;  // of the model; 0 on the CPU
   int32_t stop_reason;  // 0 max_new_tokens, 1 stop token, 2 end of context, 3 the callback
+  int32_t n_sequences;  // 1; in a total those that chose a token. Tokens per second of decoding are
+                        // (new_tokens - n_sequences) / decode_s
 };
 // start_pos: tokens already in the cache; 0 is a new conversation and resets the model. The last token
 // chosen has not been through the model: to go on, start_pos += prompt_tokens + new_tokens - 1, and the
@@ -186,6 +191,26 @@ CUDA_INT4_API int32_t cuda_int4_generate(cuda_int4_model* model, const int64_t* 
                                          const cuda_int4_generate_config* config,
                                          cuda_int4_token_callback callback, void* user,
                                          cuda_int4_generate_stats* stats);
+// One of several conversations: the arguments of cuda_int4_generate.
+struct cuda_int4_generate_request {
+  const int64_t* prompt;
+  uint64_t n_prompt;
+  int64_t start_pos;                  // 0 in all, or in none: each then goes on in its row
+  cuda_int4_generate_config config;   // prefill_chunk: the least of all counts
+  cuda_int4_token_callback callback;  // non-zero ends this conversation, the others go on
+  void* user;                         // for callback and config.on_prefill
+  cuda_int4_generate_stats stats;     // written: of this conversation
+};
+// All of them together, number i in row i of the model's cache: one forward reads and writes a token of
+// each, of up to max_sequences at once (cuda_int4_decode_info); more run in groups, a model of one at a
+// time one after the other. Each gets the tokens that it would get alone but for rounding: with more
+// rows a kernel may add up in another order. Draws hang on config.seed, config.sequence and the
+// position, not on the row. total may be nullptr: prompt_tokens, new_tokens and times of all together,
+// the stop reason of the last to end. An error of one ends all; every stats says how far it got.
+CUDA_INT4_API int32_t cuda_int4_generate_several(cuda_int4_model* model,
+                                                 cuda_int4_generate_request* requests,
+                                                 uint64_t n_requests,
+                                                 cuda_int4_generate_stats* total);
 // One row of logits to one token, as generate does it: of config the sampling fields are read, and
 // position (tokens before it in the conversation) counts the random number generator.
 CUDA_INT4_API int32_t cuda_int4_sample(const cuda_int4::TensorView* logits,

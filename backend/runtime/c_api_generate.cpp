@@ -36,6 +36,32 @@ void copy_stats(const GenerateStats& from, const Model& model, cuda_int4_generat
   to->peak_memory_bytes = peak_memory_bytes();
   to->peak_device_memory_bytes = from.peak_device_memory_bytes;
   to->stop_reason = int32_t(from.stop_reason);
+  to->n_sequences = from.n_sequences;
+}
+
+bool is_complete(const int64_t* prompt, uint64_t n_prompt,
+                 const cuda_int4_generate_config& config) {
+  return (prompt != nullptr || n_prompt == 0) &&
+         (config.stop_tokens != nullptr || config.n_stop_tokens == 0);
+}
+
+GenerateRequest request_of(const int64_t* prompt, uint64_t n_prompt,
+                           const cuda_int4_generate_config& config,
+                           cuda_int4_token_callback callback, void* user) {
+  GenerateRequest request;
+  request.prompt = prompt;
+  request.n_prompt = int64_t(n_prompt);
+  request.config.sampler = sampler_config(config);
+  request.config.max_new_tokens = config.max_new_tokens;
+  request.config.prefill_chunk = config.prefill_chunk;
+  if (config.n_stop_tokens > 0)
+    request.config.stop_tokens.assign(config.stop_tokens,
+                                      config.stop_tokens + config.n_stop_tokens);
+  if (callback != nullptr)
+    request.callbacks.on_token = [=](int64_t token) { return callback(token, user) == 0; };
+  if (const auto on_prefill = config.on_prefill)
+    request.callbacks.on_prefill = [=](int64_t n_read) { return on_prefill(n_read, user) == 0; };
+  return request;
 }
 
 }  // namespace
@@ -110,8 +136,13 @@ int32_t cuda_int4_model_decode_info(cuda_int4_model* model, cuda_int4_decode_inf
       return fail(Error::NotSupported, "get_eos_ids: expected at most %zu ids, got %zu", kMaxEosIds,
                   info.eos_ids.size());
     }
-    *out = {info.max_context_len, info.max_seq_len,    info.vocab_size,
-            info.bos_id,          info.eos_ids.size(), {0}};
+    *out = {info.max_context_len,
+            info.max_seq_len,
+            info.vocab_size,
+            info.bos_id,
+            info.max_sequences,
+            info.eos_ids.size(),
+            {0}};
     std::copy(info.eos_ids.begin(), info.eos_ids.end(), out->eos_ids);
     return Error::Ok;
   });
@@ -123,28 +154,57 @@ int32_t cuda_int4_generate(cuda_int4_model* model, const int64_t* prompt, uint64
                            cuda_int4_generate_stats* stats) {
   return guarded([&]() -> Error {
     if (stats != nullptr) *stats = {};
-    if (config == nullptr || (prompt == nullptr && n_prompt > 0) ||
-        (config->stop_tokens == nullptr && config->n_stop_tokens > 0))
+    if (config == nullptr || !is_complete(prompt, n_prompt, *config))
       return fail(Error::InvalidArgument, "decode: prompt, config or stop_tokens is nullptr");
     std::unique_ptr<Decoder> decoder;
     Error error = create_decoder(model, &decoder);
     if (error == Error::Ok) error = start_pos == 0 ? decoder->reset() : decoder->seek(start_pos);
     if (error != Error::Ok) return error;
-
-    GenerateConfig generate;
-    generate.sampler = sampler_config(*config);
-    generate.max_new_tokens = config->max_new_tokens;
-    generate.prefill_chunk = config->prefill_chunk;
-    if (config->n_stop_tokens > 0)
-      generate.stop_tokens.assign(config->stop_tokens, config->stop_tokens + config->n_stop_tokens);
-    GenerateCallbacks callbacks;
-    if (callback != nullptr)
-      callbacks.on_token = [=](int64_t token) { return callback(token, user) == 0; };
-    if (const auto on_prefill = config->on_prefill)
-      callbacks.on_prefill = [=](int64_t n_read) { return on_prefill(n_read, user) == 0; };
+    const GenerateRequest request = request_of(prompt, n_prompt, *config, callback, user);
     GenerateStats result;
-    error = decoder->generate(prompt, int64_t(n_prompt), generate, callbacks, &result);
+    error = decoder->generate(request.prompt, request.n_prompt, request.config, request.callbacks,
+                              &result);
     if (stats != nullptr) copy_stats(result, *model->model, stats);
+    return error;
+  });
+}
+
+int32_t cuda_int4_generate_several(cuda_int4_model* model, cuda_int4_generate_request* requests,
+                                   uint64_t n_requests, cuda_int4_generate_stats* total) {
+  return guarded([&]() -> Error {
+    if (total != nullptr) *total = {};
+    if (requests == nullptr && n_requests > 0)
+      return fail(Error::InvalidArgument, "decode: requests is nullptr");
+    std::vector<GenerateRequest> all;
+    bool go_on = n_requests > 0;
+    for (uint64_t i = 0; i < n_requests; ++i) {
+      cuda_int4_generate_request& one = requests[i];
+      one.stats = {};
+      if (!is_complete(one.prompt, one.n_prompt, one.config))
+        return fail(Error::InvalidArgument,
+                    "decode: prompt or stop_tokens of number %llu is nullptr",
+                    static_cast<unsigned long long>(i));
+      go_on = go_on && one.start_pos != 0;
+      all.push_back(request_of(one.prompt, one.n_prompt, one.config, one.callback, one.user));
+    }
+    std::unique_ptr<Decoder> decoder;
+    Error error = create_decoder(model, &decoder);
+    if (error == Error::Ok && !go_on) error = decoder->reset();
+    for (uint64_t i = 0; error == Error::Ok && i < n_requests; ++i) {
+      if (go_on) error = decoder->seek(requests[i].start_pos, i);
+      if (!go_on && requests[i].start_pos != 0)
+        error =
+            fail(Error::InvalidArgument,
+                 "decode: expected start_pos 0 of all conversations, or of none, got %lld of "
+                 "number %llu; begin those that are new on their own",
+                 static_cast<long long>(requests[i].start_pos), static_cast<unsigned long long>(i));
+    }
+    if (error != Error::Ok) return error;
+    std::vector<GenerateStats> stats(all.size());
+    GenerateStats sum;
+    error = decoder->generate(all.data(), all.size(), stats.data(), &sum);
+    for (size_t i = 0; i < all.size(); ++i) copy_stats(stats[i], *model->model, &requests[i].stats);
+    if (total != nullptr) copy_stats(sum, *model->model, total);
     return error;
   });
 }

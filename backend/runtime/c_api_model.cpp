@@ -17,7 +17,7 @@ Error check_handle(const cuda_int4_model* model) {
 
 int32_t cuda_int4_model_open(const char* path, const char* data_path, const char* device,
                              int32_t verify, cuda_int4_model** out) {
-  const cuda_int4_model_options options = {device, verify, 1, 0, nullptr};
+  const cuda_int4_model_options options = {device, verify, 1, 1, 0, nullptr};
   return cuda_int4_model_open_with(path, data_path, &options, out);
 }
 
@@ -30,6 +30,7 @@ int32_t cuda_int4_model_open_with(const char* path, const char* data_path,
     if (options->device != nullptr) model_options.device = options->device;
     model_options.verify = options->verify != 0;
     model_options.cuda_graph = options->cuda_graph != 0;
+    model_options.device_loop = options->device_loop != 0;
     model_options.on_callers_stream = options->on_callers_stream != 0;
     model_options.cuda_stream = options->cuda_stream;
     auto handle = std::make_unique<cuda_int4_model>();

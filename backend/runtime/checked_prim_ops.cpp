@@ -1,8 +1,10 @@
 #include "checked_prim_ops.h"
 
 #include <executorch/runtime/core/evalue.h>
+#include <executorch/runtime/core/exec_aten/util/tensor_util.h>
 #include <executorch/runtime/kernel/kernel_runtime_context.h>
 
+#include <array>
 #include <cstdint>
 
 #include "errors.h"
@@ -60,6 +62,24 @@ void copy_index(KernelRuntimeContext& context, Span<EValue*> stack) {
   }
   if (!is_right)
     return wrong(context, kCopyIndex, "a tensor, one like its rows and the number of a row");
+  auto to = stack[0]->toTensor();
+  const auto from = stack[1]->toTensor();
+  const int64_t index = stack[2]->toInt();
+  // It grows to the row, and ExecuTorch aborts where the memory planned for it does not reach so far.
+  std::array<executorch::aten::SizesType, executorch::runtime::kTensorDimensionLimit> sizes = {};
+  bool has_room = index < INT32_MAX && to.dim() <= int64_t(sizes.size());
+  if (has_room) {
+    sizes[0] = executorch::aten::SizesType(index + 1);
+    for (int64_t d = 0; d < from.dim(); ++d) sizes[size_t(d) + 1] = to.size(d + 1);
+    has_room =
+        executorch::runtime::resize_tensor(to, {sizes.data(), size_t(to.dim())}) == Error::Ok;
+  }
+  if (!has_room || (to.nbytes() > 0 && (to.const_data_ptr() == nullptr ||
+                                        (from.nbytes() > 0 && from.const_data_ptr() == nullptr))))
+    return context.fail(fail(Error::InvalidProgram,
+                             "%s: expected the number of a row that memory is planned for, got "
+                             "%lld; the .pte is damaged, export it again",
+                             kCopyIndex, static_cast<long long>(index)));
   run<kCopyIndex>(context, stack);
 }
 

@@ -1,4 +1,6 @@
 // The CPU as a Device: host memory, kernels of op_table.h, no stream.
+#include <unistd.h>
+
 #include <algorithm>
 #include <chrono>
 #include <cstdlib>
@@ -25,6 +27,12 @@ class CpuDevice final : public Device {
     return std::aligned_alloc(kDeviceAlignment, rounded);
   }
   void free(void* pointer) override { std::free(pointer); }
+  /// All of the machine's: what a sound file may ask for. A forged one of more would be given it page
+  /// by page, until the system has none left.
+  uint64_t free_bytes() const override {
+    const long pages = sysconf(_SC_PHYS_PAGES), page_bytes = sysconf(_SC_PAGESIZE);
+    return pages > 0 && page_bytes > 0 ? uint64_t(pages) * uint64_t(page_bytes) : UINT64_MAX;
+  }
   void* allocate_host(size_t nbytes) override { return allocate(nbytes); }
   void free_host(void* pointer) override { free(pointer); }
 

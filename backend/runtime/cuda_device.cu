@@ -254,6 +254,13 @@ class CudaDevice final : public Device {
     return error == Error::Ok ? check("the work queued on it", cudaGetLastError()) : error;
   }
 
+  Error query(bool* idle) override {
+    const DeviceScope scope(*this);
+    const cudaError_t code = cudaStreamQuery(stream_);
+    *idle = code != cudaErrorNotReady;
+    return *idle ? check("the work queued on it", code) : Error::Ok;
+  }
+
   bool reads_host_memory() const override { return false; }
   void* stream() const override {
     if (leaving_out_) return left_out_stream_;

@@ -75,6 +75,9 @@ class CudaInt4Backend final : public executorch::runtime::BackendInterface {
       if (verify.ok()) options.verify_constants = verify.get();
       const auto graph = context.get_runtime_spec<bool>("cuda_graph");
       if (graph.ok()) options.cuda_graph = options.cuda_graph && graph.get();
+      const auto loop = context.get_runtime_spec<bool>("device_loop");
+      options.device_loop = !is_off_by_environment("CUDA_INT4_DEVICE_LOOP");
+      if (loop.ok()) options.device_loop = options.device_loop && loop.get();
       const auto stream = context.get_runtime_spec<const char*>("cuda_stream");
       if (stream.ok()) {
         const Error error = read_stream(stream.get(), &options);

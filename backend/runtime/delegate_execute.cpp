@@ -254,12 +254,11 @@ Error DelegateMethod::execute_staged(Args inputs, Args outputs) {
   *fault() = {};
 
   SettledShape* shape = cuda_graph_ && !marking_ ? shapes_.find(key_) : nullptr;
-  if (shape != nullptr && (shape->graph == nullptr || shape->generation != generation()))
-    capture(inputs, shape);
+  if (shape != nullptr) settle(&shape->call, [&] { return run_staged(inputs); });
   Error error = Error::Ok;
-  if (shape != nullptr && shape->graph != nullptr) {
+  if (shape != nullptr && shape->call.graph != nullptr) {
     device_->push_range("cuda_int4: graph");
-    error = device_->launch(*shape->graph);
+    error = device_->launch(*shape->call.graph);
     device_->pop_range();
     ++replays_;
   } else {
@@ -350,27 +349,28 @@ size_t DelegateMethod::generation() const {
   return temp_->generation() + shared_activation_->generation();
 }
 
-/// A run on the staged inputs as a graph; nullptr where it cannot be recorded.
-std::unique_ptr<DeviceGraph> DelegateMethod::record(Args inputs) {
+/// A run as a graph; nullptr where it cannot be recorded.
+std::unique_ptr<DeviceGraph> DelegateMethod::record(const std::function<Error()>& run) {
   Capture capture(*device_);
   if (!capture.going()) return nullptr;
-  const Error error = run_staged(inputs);
+  const Error error = run();
   std::unique_ptr<DeviceGraph> graph = capture.end();
   if (error == Error::Ok) return graph;
   clear_last_error();
   return nullptr;
 }
 
-/// A graph of this shape, or none, and the call runs eagerly.
-void DelegateMethod::capture(Args inputs, SettledShape* shape) {
+/// A graph of `run` that is not stale, or none, and it runs eagerly.
+void DelegateMethod::settle(SettledGraph* settled, const std::function<Error()>& run) {
   constexpr int kMaxFailures = 2;
-  shape->graph.reset();
-  if (shape->failed_captures == kMaxFailures) return;
-  shape->graph = record(inputs);
-  shape->generation = generation();
-  if (shape->graph != nullptr) {
+  if (settled->graph != nullptr && settled->generation == generation()) return;
+  settled->graph.reset();
+  if (settled->failed_captures == kMaxFailures) return;
+  settled->graph = record(run);
+  settled->generation = generation();
+  if (settled->graph != nullptr) {
     ++captures_;
-  } else if (++shape->failed_captures == kMaxFailures) {
+  } else if (++settled->failed_captures == kMaxFailures) {
     ET_LOG(Info, "cuda_int4: a shape of inputs that cannot be captured in a graph runs eagerly");
   }
 }
@@ -490,9 +490,10 @@ Error DelegateMethod::take_profile(Args inputs, Args outputs) {
   if (staged) {
     Error error = execute_staged(inputs, outputs);  // all memory has grown to its size
     if (error != Error::Ok) return error;
-    plain = record(inputs);
+    const auto run = [&] { return run_staged(inputs); };
+    plain = record(run);
     marking_ = true;
-    marked = record(inputs);
+    marked = record(run);
     marking_ = false;
     if (plain == nullptr) marked.reset();
     if (marked == nullptr) plain.reset();
@@ -534,7 +535,7 @@ Error DelegateMethod::time_part(Args inputs, Args outputs) {
   Error error = execute_staged(inputs, outputs);  // all memory has grown to its size
   if (error != Error::Ok) return error;
   leaving_out_ = true;
-  const std::unique_ptr<DeviceGraph> graph = record(inputs);
+  const std::unique_ptr<DeviceGraph> graph = record([&] { return run_staged(inputs); });
   leaving_out_ = false;
   if (graph == nullptr)
     return fail(Error::NotSupported,

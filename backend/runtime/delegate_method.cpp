@@ -69,6 +69,7 @@ LinearArgs args_of_record(const Blob& blob, const LinearRecord& linear) {
 
 DelegateMethod::~DelegateMethod() {
   if (device_ == nullptr) return;  // nothing came after it
+  end_steps();
   shapes_.clear();
   method_.reset();
   program_.reset();
@@ -77,6 +78,8 @@ DelegateMethod::~DelegateMethod() {
   constants_.reset();
   for (void* allocation : allocations_) device_->free(allocation);
   device_->free_host(fault_memory_.host);
+  device_->free_host(steps_.state.host);
+  device_->free_host(steps_.words.host);
   for (const Staged& input : inputs_) device_->free_host(input.host);
   for (const Output& output : outputs_) device_->free_host(output.staged.host);
 }
@@ -93,10 +96,15 @@ Error DelegateMethod::open(const void* blob, uint64_t blob_nbytes, const NamedDa
   if (error == Error::Ok) error = self->check_linears();
   if (error != Error::Ok) return error;
   self->cuda_graph_ = options.cuda_graph;
+  self->device_loop_ = options.device_loop;
   // The device is not touched before everything that the file alone decides has been checked.
   self->constants_ = std::make_unique<Constants>(self->blob_.constants, *self->device_);
   error = self->constants_->locate(store);
   if (error == Error::Ok) error = self->load_program();
+  if (error == Error::Ok)
+    self->writes_by_position_ =
+        writes_by_position(self->blob_.program,
+                           [&self](std::string_view name) { return self->constants_->has(name); });
   if (error == Error::Ok) error = self->check_memory();
   if (error == Error::Ok) error = self->check_values();
   if (error == Error::Ok) error = self->constants_->place(options.verify_constants);

@@ -5,6 +5,8 @@
 //   execute   bind inputs and outputs, run, hand outputs over; allocates nothing once shapes settle
 //   reset     zero the mutable buffers (KV caches)
 //
+// Of a language model on a GPU it is the DecodeSteps, too, where can_step() says so.
+//
 // All memory it owns hangs on it. One thread at a time.
 #pragma once
 
@@ -16,6 +18,7 @@
 #include <executorch/runtime/executor/method.h>
 #include <executorch/runtime/executor/program.h>
 
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -23,6 +26,7 @@
 
 #include "blob.h"
 #include "constants.h"
+#include "decode_steps.h"
 #include "device.h"
 #include "device_use.h"
 #include "profile.h"
@@ -32,12 +36,13 @@
 
 namespace cuda_int4 {
 
-class DelegateMethod {
+class DelegateMethod final : public DecodeSteps {
  public:
   struct Options {
     const char* device = nullptr;  // see make_device
     bool verify_constants = true;
-    bool cuda_graph = true;  // replay the calls of a shape that has been seen before
+    bool cuda_graph = true;   // replay the calls of a shape that has been seen before
+    bool device_loop = true;  // can_step() where it can be
     // On CUDA: the caller's cudaStream_t; else a stream of the method's own.
     bool on_callers_stream = false;
     void* stream = nullptr;
@@ -49,7 +54,7 @@ class DelegateMethod {
                                          const executorch::runtime::NamedDataMap* store,
                                          const Options& options,
                                          std::unique_ptr<DelegateMethod>* out);
-  ~DelegateMethod();
+  ~DelegateMethod() override;
   DelegateMethod(const DelegateMethod&) = delete;
   DelegateMethod& operator=(const DelegateMethod&) = delete;
 
@@ -69,6 +74,17 @@ class DelegateMethod {
   /// Of the latest call that was timed.
   const Profile& profile() const { return profile_; }
   executorch::runtime::Error reset();
+
+  /// Whether it can be the DecodeSteps: on a GPU, its inputs tokens [B, S] and input_pos [S] or [B, S],
+  /// its first output logits, and all its state caches that are written at given positions: a step
+  /// more than wanted would change any other.
+  bool can_step();
+  executorch::runtime::Error begin_steps(const DecodeRow* rows, size_t n_rows,
+                                         int64_t vocab_size) override;
+  executorch::runtime::Error queue_step() override;
+  executorch::runtime::Error take_step(DecodedToken* tokens) override;
+  executorch::runtime::Error stop_row(size_t row) override;
+  executorch::runtime::Error end_steps() override;
 
   DeviceUse device_use() const;
   Device& device() { return *device_; }
@@ -92,6 +108,25 @@ class DelegateMethod {
     size_t max_nbytes;
     std::vector<executorch::aten::SizesType> max_sizes;
     Staged staged;
+  };
+  // Of decoding in progress, in one piece of memory; the method's inputs stay free for other calls.
+  struct StepState {
+    SampleRow* rows;
+    int64_t* tokens;
+    int64_t* positions;
+    static size_t nbytes(size_t n_rows) {
+      return n_rows * (sizeof(SampleRow) + 2 * sizeof(int64_t));
+    }
+  };
+  struct Steps {
+    bool active = false;
+    Staged state;
+    Staged words;              // host: the ring of what the sampler says
+    std::vector<int64_t> key;  // of their shape
+    size_t n_rows = 0;
+    int64_t vocab_size = 0;
+    bool is_greedy = true;
+    uint64_t n_queued = 0, n_taken = 0;
   };
   using Args = executorch::runtime::Span<executorch::runtime::EValue*>;
 
@@ -126,13 +161,19 @@ class DelegateMethod {
   executorch::runtime::Error stage_host(size_t nbytes, Staged* staged);
   executorch::runtime::Error stage_input(size_t i, const executorch::runtime::EValue& value);
   executorch::runtime::Error run_staged(Args inputs);
-  std::unique_ptr<DeviceGraph> record(Args inputs);
+  std::unique_ptr<DeviceGraph> record(const std::function<executorch::runtime::Error()>& run);
   size_t generation() const;
-  void capture(Args inputs, SettledShape* shape);
+  void settle(SettledGraph* settled, const std::function<executorch::runtime::Error()>& run);
   void note_outputs(std::vector<SettledOutput>* outputs);
   executorch::runtime::Error download(const std::vector<SettledOutput>& results, Args outputs);
   DeviceFault* fault() const { return static_cast<DeviceFault*>(fault_memory_.host); }
   executorch::runtime::Error fault_error() const;
+  // delegate_steps.cpp
+  executorch::runtime::Error place_steps(size_t n_rows);
+  StepState step_state(void* memory) const;
+  executorch::runtime::Error run_step();
+  executorch::runtime::Error sample_step(const SettledOutput& logits);
+  executorch::runtime::Error wait_for_word(const uint64_t* word, uint64_t step);
 
   // In the order of construction: what is below may point to what is above.
   std::unique_ptr<Device> device_;
@@ -162,10 +203,12 @@ class DelegateMethod {
   // On a device that does not read host memory:
   std::unique_ptr<SharedActivation> shared_activation_;
   Staged fault_memory_;  // host: a DeviceFault
-  bool cuda_graph_ = true;
+  bool cuda_graph_ = true, device_loop_ = true;
+  bool writes_by_position_ = false;
   std::vector<int64_t> key_;  // of the call in progress
   std::vector<SettledOutput> results_;
   SettledShapes shapes_;
+  Steps steps_;
   uint64_t eager_runs_ = 0, captures_ = 0, replays_ = 0;
 };
 

@@ -76,6 +76,11 @@ class Device {
                                                 size_t* damaged);
   /// Waits for everything queued; an error of any of it comes out here at the latest.
   virtual executorch::runtime::Error synchronize() { return executorch::runtime::Error::Ok; }
+  /// Whether everything queued is done, without waiting; an error of any of it.
+  virtual executorch::runtime::Error query(bool* idle) {
+    *idle = true;
+    return executorch::runtime::Error::Ok;
+  }
 
   /// Whether kernels read host memory in place: then constants are borrowed from the mapped file,
   /// and inputs and outputs are the caller's own memory.

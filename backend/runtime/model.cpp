@@ -219,6 +219,13 @@ Error Model::time_part(const char* method, const TensorView* inputs, size_t n_in
   return error;
 }
 
+DecodeSteps* Model::decode_steps(const char* method) {
+  ModelMethod* found = impl_->find(method);
+  DecodeSteps* steps = found == nullptr ? nullptr : found->decode_steps();
+  if (steps != nullptr) impl_->latest = nullptr;
+  return steps;
+}
+
 Error Model::reset() {
   impl_->latest = nullptr;
   for (const auto& method : impl_->methods) {

@@ -35,11 +35,17 @@ struct ModelOptions {
   /// From the second call on with the same sizes of inputs, replay a CUDA graph of the first. False,
   /// or CUDA_INT4_CUDA_GRAPH=0 in the environment, launches kernel by kernel always.
   bool cuda_graph = true;
+  /// Where a Decoder (decoder.h) drives a model that is wholly on a GPU, tokens are chosen there and the
+  /// host reads them behind. False, or CUDA_INT4_DEVICE_LOOP=0 in the environment, brings the logits of
+  /// every token to the host: the same tokens, later.
+  bool device_loop = true;
   /// Work on cuda_stream, a cudaStream_t (nullptr: the legacy default stream) that outlives the
   /// model. Else each method has a stream of its own.
   bool on_callers_stream = false;
   void* cuda_stream = nullptr;
 };
+
+class DecodeSteps;  // decode_steps.h
 
 class CUDA_INT4_EXPORT Model {
  public:
@@ -84,6 +90,10 @@ class CUDA_INT4_EXPORT Model {
   executorch::runtime::Error time_part(const char* method, const TensorView* inputs,
                                        size_t n_inputs, const uint8_t* kept, size_t n_kept,
                                        int rounds, double* us);
+
+  /// `method` as steps that follow each other on the device, until the next call on this model; nullptr
+  /// where it cannot be: on the CPU, and where something of it runs outside one delegate.
+  DecodeSteps* decode_steps(const char* method);
 
   /// Zeroes every mutable buffer (KV caches): a new conversation.
   executorch::runtime::Error reset();

@@ -64,6 +64,7 @@ bool tensor_info(const TensorInfo& info, TensorView* out, bool* contiguous) {
 ModelMethod::ModelMethod(const Source& source, const MethodShape& shape)
     : source_(source),
       name_(shape.name),
+      is_one_delegate_(shape.is_one_delegate),
       only_delegates_(shape.kernel_calls == 0 && shape.other_instructions == 0),
       n_delegate_calls_(shape.delegate_calls),
       host_(make_cpu_device()) {}
@@ -115,10 +116,11 @@ Error ModelMethod::open() {
   for (const Span<uint8_t>& span : planned_spans_)
     if (!only_delegates_) std::memset(span.data(), 0, span.size());
 
-  executorch::runtime::BackendOptions<4> options;
+  executorch::runtime::BackendOptions<5> options;
   Error error = options.set_option("device", source_.options.device.c_str());
   if (error == Error::Ok) error = options.set_option("verify_constants", source_.options.verify);
   if (error == Error::Ok) error = options.set_option("cuda_graph", source_.options.cuda_graph);
+  if (error == Error::Ok) error = options.set_option("device_loop", source_.options.device_loop);
   if (error == Error::Ok && source_.options.on_callers_stream) {
     const auto address = reinterpret_cast<uintptr_t>(source_.options.cuda_stream);
     error = options.set_option("cuda_stream", std::to_string(address).c_str());
@@ -344,6 +346,11 @@ Error ModelMethod::output(size_t i, TensorView* out) {
   if (value.isDouble()) output.number.as_double = value.toDouble();
   if (value.isBool()) output.number.as_bool = value.toBool();
   return Error::Ok;
+}
+
+DecodeSteps* ModelMethod::decode_steps() {
+  if (!is_one_delegate_ || delegates_.size() != 1 || !delegates_[0]->can_step()) return nullptr;
+  return delegates_[0];
 }
 
 Error ModelMethod::reset() {

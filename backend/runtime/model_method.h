@@ -45,6 +45,8 @@ class ModelMethod {
   executorch::runtime::Error output(size_t i, TensorView* out);
   executorch::runtime::Error reset();
   const std::vector<DelegateMethod*>& delegates() const { return delegates_; }
+  /// nullptr where it is not the whole of one delegate on a GPU.
+  DecodeSteps* decode_steps();
 
  private:
   struct Input {
@@ -74,7 +76,8 @@ class ModelMethod {
 
   const Source& source_;
   std::string name_;
-  bool only_delegates_;  // nothing outside them runs, so all state is theirs
+  bool is_one_delegate_;  // its inputs and outputs are the delegate's
+  bool only_delegates_;   // nothing outside them runs, so all state is theirs
   size_t n_delegate_calls_;
   std::unique_ptr<Device> host_;
   std::vector<void*> allocations_;  // of host_

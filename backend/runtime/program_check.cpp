@@ -95,7 +95,28 @@ class Checker {
         if (error != Error::Ok) return error;
       }
     }
+    shape->is_one_delegate = is_one_delegate(plan);
     return Error::Ok;
+  }
+
+  /// Of a plan whose instructions have been checked.
+  static bool is_one_delegate(const Table& plan) {
+    const Vector chains = plan.vector(PlanField::kChains);
+    if (chains.size() != 1) return false;
+    const Vector instructions = Table(chains.offset(0)).vector(2);
+    if (instructions.size() != 1) return false;
+    const Table instruction(instructions.offset(0));
+    if (instruction.scalar<uint8_t>(0, 0) != kDelegateCall) return false;
+    const Vector args = instruction.table(1).vector(1);
+    const Vector inputs = plan.vector(PlanField::kInputs);
+    const Vector outputs = plan.vector(PlanField::kOutputs);
+    if (args.size() != inputs.size() + outputs.size()) return false;
+    for (uint32_t i = 0; i < args.size(); ++i) {
+      const int32_t value = i < inputs.size() ? inputs.scalar<int32_t>(i)
+                                              : outputs.scalar<int32_t>(i - inputs.size());
+      if (args.scalar<int32_t>(i) != value) return false;
+    }
+    return true;
   }
 
   /// Value `i`, not present() where it is no tensor.

@@ -25,6 +25,8 @@ struct MethodShape {
   uint32_t jumps = 0;              // of the other instructions
   uint32_t planned_inputs = 0;     // with memory of their own, which the host writes
   uint32_t tensors_with_data = 0;  // constants and initial values that are in the program itself
+  // It does nothing but call a delegate with its inputs and outputs, in their order.
+  bool is_one_delegate = false;
 };
 
 /// One call of cuda_int4::linear. Keys are those of its constants, "" where there is none.

@@ -18,8 +18,10 @@ namespace {
 
 constexpr std::string_view kOurs = "cuda_int4::";
 constexpr std::string_view kView = "executorch_prim::et_view";
-constexpr std::string_view kRopeAppend = "cuda_int4::rope_append";  // two caches, then its output
+constexpr std::string_view kRopeAppend = "cuda_int4::rope_append";  // two caches first
 constexpr std::string_view kCopyIndex = "executorch_prim::et_copy_index";
+constexpr std::string_view kIndexPut =
+    "cuda_int4::index_put_";  // self, indices, values, accumulate
 constexpr std::string_view kItem = "cuda_int4::_local_scalar_dense";
 
 /// How many tensors an op of ours writes that is no in-place op (a list of them counts as one).
@@ -44,7 +46,8 @@ uint32_t n_outputs(std::string_view name, std::string_view overload) {
   return 1;
 }
 
-/// The values of one method: which are constants, and which share memory with one.
+/// The values of one method: which are constants (or whatever else `is_constant` says of their names),
+/// and which share memory with one.
 class Method {
  public:
   Method(const Table& plan, const std::function<bool(std::string_view)>& is_constant)
@@ -79,6 +82,14 @@ class Method {
       }
     });
     return error;
+  }
+
+  bool writes_by_position() const {
+    bool all = true;
+    each_instruction([&](uint8_t type, const Table& call) {
+      all = all && (type == kKernelCall ? writes_rows(call) : type != kMoveCall);
+    });
+    return all;
   }
 
  private:
@@ -151,9 +162,29 @@ class Method {
     const auto last = [&](uint32_t n) { return n < n_args ? n_args - n : 0; };
     // Behind what an op writes the emitter puts what it returns: the same again.
     if (!name.empty() && name.back() == '_') return {1, last(1), n_args};
-    if (name == kRopeAppend) return {2, last(2), n_args};
+    if (name == kRopeAppend) return {2, last(4), n_args};  // scales (or None), output, again
     if (name.substr(0, kOurs.size()) != kOurs) return {0, last(1), n_args};
     return {0, last(n_outputs(name, overload) + 1), n_args};
+  }
+
+  /// Whether a call leaves the values alone that share memory, or writes to rows of them that it is
+  /// given the numbers of.
+  bool writes_rows(const Table& call) const {
+    const Table op = operator_of(call);
+    const Vector args = call.vector(1);
+    const std::string_view name = op.string(0);
+    const auto argument = [&](uint32_t i) { return uint32_t(args.scalar<int32_t>(i)); };
+    if (name == kView || name.substr(0, kRopeAppend.size()) == kRopeAppend) return true;
+    if (name == kIndexPut && args.size() > 3 && type_of(argument(3)) == kBool &&
+        !Table(values_.offset(argument(3))).table(ValueField::kValue).scalar<uint8_t>(0, 0))
+      return true;
+    const Written written = written_by(op, args.size());
+    for (uint32_t i = 0; i < args.size(); ++i) {
+      if (i >= written.n && (i < written.begin || i >= written.end)) continue;
+      uint32_t found = 0;
+      if (is_among(shares_, argument(i), &found)) return false;
+    }
+    return true;
   }
 
   Error check_call(const char* what, const Table& call) const {
@@ -175,21 +206,27 @@ class Method {
     return Error::Ok;
   }
 
+  /// Whether a value, or one of the list that it is, is among `set`: *found.
+  bool is_among(const std::vector<bool>& set, uint32_t value, uint32_t* found) const {
+    *found = value;
+    if (set[value]) return true;
+    const uint8_t type = type_of(value);
+    if (type != kTensorList && type != kOptionalTensorList) return false;
+    const Vector items = Table(values_.offset(value)).table(ValueField::kValue).vector(kItems);
+    for (uint32_t i = 0; i < items.size(); ++i) {
+      const int32_t item = items.scalar<int32_t>(i);
+      if (item < 0 || !set[uint32_t(item)]) continue;
+      *found = uint32_t(item);
+      return true;
+    }
+    return false;
+  }
+
   Error check_written(const char* what, const Table& op, uint32_t value) const {
     // A view's memory is set, not written to.
     const std::vector<bool>& refused = op.string(0) == kView ? is_constant_ : shares_;
-    const uint8_t type = type_of(value);
     uint32_t found = value;
-    bool is_wrong = refused[value];
-    if (type == kTensorList || type == kOptionalTensorList) {
-      const Vector items = Table(values_.offset(value)).table(ValueField::kValue).vector(kItems);
-      for (uint32_t i = 0; i < items.size() && !is_wrong; ++i) {
-        const int32_t item = items.scalar<int32_t>(i);
-        if (item < 0 || !refused[uint32_t(item)]) continue;
-        found = uint32_t(item);
-        is_wrong = true;
-      }
-    }
+    const bool is_wrong = is_among(refused, value, &found);
     return is_wrong ? wrong(what, std::string(op.string(0)).c_str(), found) : Error::Ok;
   }
 
@@ -215,6 +252,15 @@ Error check_writes(const void* data, const char* what,
     if (error != Error::Ok) return error;
   }
   return Error::Ok;
+}
+
+bool writes_by_position(const void* data,
+                        const std::function<bool(std::string_view name)>& is_constant) {
+  const auto is_state = [&](std::string_view name) { return !is_constant(name); };
+  const Vector plans = flatbuffer::root(data).vector(ProgramField::kPlans);
+  for (uint32_t i = 0; i < plans.size(); ++i)
+    if (!Method(Table(plans.offset(i)), is_state).writes_by_position()) return false;
+  return true;
 }
 
 }  // namespace cuda_int4

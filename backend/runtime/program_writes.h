@@ -16,4 +16,10 @@ executorch::runtime::Error check_writes(
     const void* data, const char* what,
     const std::function<bool(std::string_view name)>& is_constant);
 
+/// Whether all state of the program (its tensors with names that are no constants) is written by ops
+/// that write to given positions of it: then a call repeated, or one more at positions behind, changes
+/// nothing that counts. After check_program.
+bool writes_by_position(const void* data,
+                        const std::function<bool(std::string_view name)>& is_constant);
+
 }  // namespace cuda_int4

@@ -41,6 +41,18 @@ void append_json_string(std::string* out, const std::string& bytes) {
   *out += '"';
 }
 
+void append_stats(std::string* out, const GenerateStats& stats, double load_s) {
+  append(out,
+         "\"stop_reason\": \"%s\", \"prompt_tokens\": %" PRId64 ", \"new_tokens\": %" PRId64
+         ", \"load_s\": %.6f, \"prefill_s\": %.6f, \"decode_s\": %.6f, "
+         "\"time_to_first_token_s\": %.6f, \"prefill_tokens_per_s\": %.3f, "
+         "\"decode_tokens_per_s\": %.3f, \"peak_memory_bytes\": %" PRIu64
+         ", \"peak_device_memory_bytes\": %" PRIu64,
+         stop_reason_name(stats.stop_reason), stats.prompt_tokens, stats.new_tokens, load_s,
+         stats.prefill_s, stats.decode_s, stats.time_to_first_token_s, stats.prefill_tokens_per_s(),
+         stats.decode_tokens_per_s(), peak_memory_bytes(), stats.peak_device_memory_bytes);
+}
+
 }  // namespace
 
 const char* stop_reason_name(StopReason reason) {
@@ -71,8 +83,13 @@ std::string report_text(const GenerateStats& stats, double load_s) {
   out += "\n";
   append(&out, "prompt %" PRId64 " tokens, %.1f tokens/s, first token after %.3f s\n",
          stats.prompt_tokens, stats.prefill_tokens_per_s(), stats.time_to_first_token_s);
-  append(&out, "decoded %" PRId64 " tokens, %.1f tokens/s, ended by %s\n", stats.new_tokens,
-         stats.decode_tokens_per_s(), stop_reason_name(stats.stop_reason));
+  append(&out, "decoded %" PRId64 " tokens, %.1f tokens/s", stats.new_tokens,
+         stats.decode_tokens_per_s());
+  if (stats.n_sequences == 1) {
+    append(&out, ", ended by %s\n", stop_reason_name(stats.stop_reason));
+  } else {
+    append(&out, " in %d sequences\n", stats.n_sequences);
+  }
   return out;
 }
 
@@ -90,15 +107,22 @@ std::string report_json(const GenerateStats& stats, double load_s,
     append_json_string(&out, bytes);
     out += ", ";
   }
-  append(&out,
-         "\"stop_reason\": \"%s\", \"prompt_tokens\": %" PRId64 ", \"new_tokens\": %" PRId64
-         ", \"load_s\": %.6f, \"prefill_s\": %.6f, \"decode_s\": %.6f, "
-         "\"time_to_first_token_s\": %.6f, \"prefill_tokens_per_s\": %.3f, "
-         "\"decode_tokens_per_s\": %.3f, \"peak_memory_bytes\": %" PRIu64
-         ", \"peak_device_memory_bytes\": %" PRIu64 "}",
-         stop_reason_name(stats.stop_reason), stats.prompt_tokens, stats.new_tokens, load_s,
-         stats.prefill_s, stats.decode_s, stats.time_to_first_token_s, stats.prefill_tokens_per_s(),
-         stats.decode_tokens_per_s(), peak_memory_bytes(), stats.peak_device_memory_bytes);
+  append_stats(&out, stats, load_s);
+  out += "}";
+  return out;
+}
+
+std::string report_json(const std::vector<GenerateStats>& stats, const GenerateStats& total,
+                        double load_s, const std::vector<std::vector<int64_t>>& tokens,
+                        bool text_from_bytes) {
+  std::string out = "{\"sequences\": [";
+  for (size_t i = 0; i < stats.size(); ++i) {
+    if (i > 0) out += ", ";
+    out += report_json(stats[i], load_s, tokens[i], text_from_bytes);
+  }
+  append(&out, "], \"total\": {\"n_sequences\": %d, ", total.n_sequences);
+  append_stats(&out, total, load_s);
+  out += "}}";
   return out;
 }
 

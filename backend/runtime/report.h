@@ -24,4 +24,10 @@ CUDA_INT4_EXPORT std::string report_text(const GenerateStats& stats, double load
 CUDA_INT4_EXPORT std::string report_json(const GenerateStats& stats, double load_s,
                                          const std::vector<int64_t>& tokens, bool text_from_bytes);
 
+// The same of several that ran together: what each gave under "sequences", in their order, and "total".
+CUDA_INT4_EXPORT std::string report_json(const std::vector<GenerateStats>& stats,
+                                         const GenerateStats& total, double load_s,
+                                         const std::vector<std::vector<int64_t>>& tokens,
+                                         bool text_from_bytes);
+
 }  // namespace cuda_int4

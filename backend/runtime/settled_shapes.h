@@ -11,6 +11,7 @@
 
 #include <executorch/runtime/core/evalue.h>
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -28,12 +29,18 @@ struct SettledOutput {
   executorch::runtime::EValue number;  // where it is no tensor
 };
 
-struct SettledShape {
-  std::vector<int64_t> key;
-  std::vector<SettledOutput> outputs;
+struct SettledGraph {
   std::unique_ptr<DeviceGraph> graph;
   size_t generation = 0;  // of the memory that the graph uses
   int failed_captures = 0;
+  int64_t vocab_size = 0;  // of a step
+};
+
+struct SettledShape {
+  std::vector<int64_t> key;
+  std::vector<SettledOutput> outputs;
+  SettledGraph call;
+  std::array<SettledGraph, 2> steps;  // of decoding: [rows draw, all are greedy]
   uint64_t last_used = 0;
 };
 
@@ -46,6 +53,10 @@ class SettledShapes {
   /// A new one, in the place of the oldest if they are many.
   SettledShape& add(const std::vector<int64_t>& key);
   void clear() { shapes_.clear(); }
+  /// Graphs of steps hold addresses that calls do not.
+  void forget_steps() {
+    for (const auto& shape : shapes_) shape->steps = {};
+  }
 
  private:
   std::vector<std::unique_ptr<SettledShape>> shapes_;

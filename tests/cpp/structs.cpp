@@ -19,6 +19,7 @@ int main() {
   PRINT(cuda_int4_model_options, cuda_stream);
   PRINT(cuda_int4_device_use, replays);
   PRINT(cuda_int4_generate_config, on_prefill);
-  PRINT(cuda_int4_generate_stats, stop_reason);
+  PRINT(cuda_int4_generate_stats, n_sequences);
+  PRINT(cuda_int4_generate_request, stats);
   PRINT(cuda_int4_decode_info, eos_ids);
 }

@@ -16,14 +16,24 @@ import random
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import cuda_int4
 from cuda_int4 import _native
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "export_examples" / "byte_llama")]
+
+import export as byte_llama  # noqa: E402
+import language_models as models  # noqa: E402
+from conversations import Conversation, generate  # noqa: E402
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 N_SLOTS = 4
@@ -238,10 +248,296 @@ def graph_us(rows: Rows, logits: list[Tensor], vocab_size: int) -> float:
     return statistics.median(times)
 
 
+# ---- the loop ----
+
+PROMPT = list(b"class Stack:\n    def __init__(self, items=()):\n        self.items = list(")
+FORMS = (
+    (torch.float32, "none"), (torch.bfloat16, "none"), (torch.float16, "none"),
+    (torch.bfloat16, "int8"),
+)  # fmt: skip
+DRAWN = {"temperature": 0.9, "top_k": 40, "top_p": 0.95, "seed": 11}
+
+
+def byte_llama_file(folder: Path, dtype: torch.dtype, activation: str, n_rows: int = 1) -> Path:
+    path = folder / f"byte_{str(dtype).removeprefix('torch.')}_{activation}_{n_rows}.pte"
+    if not path.exists():
+        byte_llama.build(
+            path,
+            dtype=dtype,
+            method="min_max",
+            max_context=1024,
+            activation=activation,
+            **({"max_sequences": n_rows} if n_rows > 1 else {}),
+        )
+    return path
+
+
+def history_file(
+    folder: Path, name: str, model: nn.Module | None = None, n_rows: int = 0, **methods: Any
+) -> Path:
+    """A HistoryModel, of ``n_rows`` if that is not 0, in one delegate."""
+    path = folder / f"{name}.pte"
+    if path.exists():
+        return path
+    inputs, shapes = models.example(16)
+    if n_rows > 0:
+        model = models.RowsHistoryModel(n_rows)
+        free = {0: torch.export.Dim("B", max=n_rows), 1: torch.export.Dim("S", max=16)}
+        inputs = torch.arange(6).reshape(2, 3), torch.arange(3).expand(2, 3).contiguous()
+        shapes = (free, free)
+    cuda_int4.export(
+        model or models.HistoryModel(),
+        inputs,
+        str(path),
+        dynamic_shapes=shapes,
+        constant_methods=models.constant_methods(64, **methods),
+    )
+    return path
+
+
+def gpu(path: Path, **options: Any) -> cuda_int4.model.Model:
+    return cuda_int4.load(path, device="cuda", **options)
+
+
+def runs(model: cuda_int4.model.Model) -> tuple[int, int, int]:
+    use = model.device_use()
+    return use.eager_runs, use.captures, use.replays
+
+
+def check_tokens(check: Checker, folder: Path) -> None:
+    """The byte Llama: the same tokens whoever chooses them, in graphs and without."""
+    n = 48 if check.quick else 300
+    for dtype, activation in FORMS[: 1 if check.quick else None]:
+        path = byte_llama_file(folder, dtype, activation)
+        what = f"byte Llama {str(dtype).removeprefix('torch.')} {activation}"
+        forms = {
+            "loop": gpu(path),
+            "loop without graphs": gpu(path, cuda_graph=False),
+            "host": gpu(path, device_loop=False),
+        }
+        for config in ({}, DRAWN, {**DRAWN, "seed": 12, "top_k": 0}):
+            found = {}
+            for name, model in forms.items():
+                times = [model.generate(PROMPT, max_new_tokens=n, **config) for _turn in range(2)]
+                found[name] = times[1]
+                check.note(times[0].tokens == times[1].tokens, f"{what} {name} {config}: again")
+            for name, generation in found.items():
+                same = generation.tokens == found["host"].tokens
+                check.note(same, f"{what} {config}: {name} chose other tokens than the host")
+            rates = ", ".join(
+                f"{name} {1e6 / g.stats.decode_tokens_per_s:.1f}" for name, g in found.items()
+            )
+            print(f"  {what} {config or 'greedy'}: us a token: {rates}", flush=True)
+        expected = (2, 1)
+        model = gpu(path)
+        model.generate(PROMPT, max_new_tokens=n)
+        check.note(runs(model) == (*expected, n - 2), f"{what}: {runs(model)}")
+
+
+def check_ways_to_end(check: Checker, folder: Path) -> None:
+    """Stop tokens, callbacks, ends of context; how the conversation goes on behind each."""
+    path = history_file(folder, "history")
+    model, host = gpu(path), gpu(path, device_loop=False)
+    prompt = [5, 6, 7]
+    whole = cuda_int4.load(path, device="cpu").generate(prompt).tokens
+    check.note(len(whole) == 64 - 3 + 1, f"to the end of the context: {len(whole)}")
+    for loaded, name in ((model, "loop"), (host, "host")):
+        full = loaded.generate(prompt)
+        check.note(full.tokens == whole, f"{name}: other tokens")
+        check.note(full.stats.stop_reason == "end_of_context", f"{name}: {full.stats.stop_reason}")
+        for n in (1, 2, 3, 4, 5, 20, 61):
+            for way in ("stop", "callback", "max"):
+                seen: list[int] = []
+
+                class Enough(Exception):
+                    pass
+
+                def stop_at(token: int, n: int = n, seen: list[int] = seen) -> None:
+                    seen.append(token)
+                    if len(seen) == n:
+                        raise Enough
+
+                first = whole.index(whole[n - 1]) + 1 if way == "stop" else n
+                try:
+                    options: dict[str, Any] = {
+                        "stop": {"stop_tokens": [whole[n - 1]]},
+                        "callback": {"on_token": stop_at},
+                        "max": {"max_new_tokens": n},
+                    }[way]
+                    seen = loaded.generate(prompt, **options).tokens
+                except Enough:
+                    pass
+                what = f"{name}, {way} after {n}"
+                check.note(seen == whole[:first], f"{what}: {len(seen)} tokens")
+                rest = loaded.generate(whole[first - 1 : first], start_pos=3 + first - 1).tokens
+                check.note(rest == whole[first:], f"{what}: goes on with others")
+
+
+class Breaks(models.HistoryModel):
+    """Half of the rows of logits have a NaN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table[::16, 3] = torch.nan
+
+
+class Counts(models.HistoryModel):
+    """Its state is how often it was called, too: a step too many would change the tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
+        self.calls.add_(1)
+        return super().forward(tokens, input_pos) * torch.cos(self.calls)
+
+
+def check_errors(check: Checker, folder: Path) -> None:
+    """Errors in the middle, and what goes on behind them; state that is no cache."""
+    path = history_file(folder, "breaks", Breaks())
+    for options in ({}, {"cuda_graph": False}, {"device_loop": False}):
+        model = gpu(path, **options)
+        for turn in range(8):
+            outcomes = []
+            for loaded in (cuda_int4.load(path, device="cpu"), model):
+                seen: list[int] = []
+                try:
+                    loaded.generate([turn, 1], on_token=seen.append)
+                    outcomes.append((seen, ""))
+                except cuda_int4.CudaInt4Error as error:
+                    outcomes.append((seen, str(error)))
+            check.note(outcomes[0] == outcomes[1], f"NaN {options} {turn}: {outcomes}")
+    path = history_file(folder, "longer", get_max_context_len=80)
+    for options in ({}, {"cuda_graph": False}, {"device_loop": False}):
+        model = gpu(path, **options)
+        whole = model.generate([9], max_new_tokens=50).tokens
+        for _turn in range(2):
+            seen = []
+            try:
+                model.generate([9], on_token=seen.append)
+                check.note(False, f"index {options}: no error")
+            except cuda_int4.CudaInt4Error as error:
+                right = "expected indices in 0..63, got 64" in str(error)
+                check.note(right and len(seen) >= 63, f"index {options}: {len(seen)} {error}")
+            check.note(
+                model.generate([9], max_new_tokens=50).tokens == whole, f"after it {options}"
+            )
+    path = history_file(folder, "counts", Counts())
+    cpu, model = cuda_int4.load(path, device="cpu"), gpu(path)
+    for n in (5, 9, 1):
+        stop = {"stop_tokens": [cpu.generate([1], max_new_tokens=30).tokens[n]]}
+        for start in (0, n + 1):
+            expected = cpu.generate([1], start_pos=start, max_new_tokens=30, **stop).tokens
+            found = model.generate([1], start_pos=start, max_new_tokens=30, **stop).tokens
+            check.note(found == expected, f"a state that counts, {n} {start}")
+
+
+def check_callbacks(check: Checker, folder: Path) -> None:
+    """Callbacks that use the model, and generations in two threads."""
+    path = history_file(folder, "history")
+    model = gpu(path)
+    alone = model.generate([4, 2], max_new_tokens=40).tokens
+    outputs: list[Tensor] = []
+
+    def look(token: int) -> None:
+        # Its own row of the cache, beyond those of the generation.
+        outputs.extend(model.forward(torch.tensor([[token]]), torch.tensor([60])))
+
+    for _turn in range(3):
+        tokens = model.generate([4, 2], max_new_tokens=40, on_token=look).tokens
+        check.note(tokens == alone, "a callback that calls forward: other tokens")
+    check.note(len(outputs) == 120 and torch.isfinite(torch.cat(outputs)).all().item(), "outputs")
+
+    paths = [byte_llama_file(folder, torch.float32, "none"), path]
+    loaded = [gpu(paths[0]), gpu(paths[0]), gpu(paths[1]), gpu(paths[1], device_loop=False)]
+    prompts = [PROMPT, PROMPT[:9], [1, 2, 3], [1, 2, 3]]
+    expected = [
+        gpu(p).generate(prompt, max_new_tokens=40, **DRAWN).tokens
+        for p, prompt in zip((paths[0], paths[0], path, path), prompts, strict=True)
+    ]
+    found: dict[int, list[list[int]]] = {i: [] for i in range(len(loaded))}
+
+    def talk(i: int) -> None:
+        for _turn in range(5):
+            found[i].append(loaded[i].generate(prompts[i], max_new_tokens=40, **DRAWN).tokens)
+
+    threads = [threading.Thread(target=talk, args=(i,)) for i in range(len(loaded))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i, results in found.items():
+        check.note(results == [expected[i]] * 5, f"thread {i}")
+
+
+def check_several(check: Checker, folder: Path) -> None:
+    """16 conversations against each alone; ends at different times; in groups; drawn."""
+    alone = cuda_int4.load(history_file(folder, "history"), device="cpu")
+    path = history_file(folder, "rows", n_rows=16)
+    rng = random.Random(3)
+    for options in ({}, {"cuda_graph": False}, {"device_loop": False}):
+        model = gpu(path, **options)
+        for n in (16, 16, 5, 1, 16, 20):
+            several = []
+            for i in range(n):
+                prompt = [rng.randrange(256) for _token in range(rng.randrange(1, 30))]
+                config = dict(rng.choice([{}, {**DRAWN, "sequence": i}, {"temperature": 2.0}]))
+                config["max_new_tokens"] = rng.choice([0, 1, 2, 10, 30, 30])
+                one = Conversation(prompt, config, ends_after=rng.choice([3, 12, 10**9]))
+                single = Conversation(prompt, config, ends_after=one.ends_after)
+                generate(alone, [single])
+                several.append((one, single))
+            generate(model, [one for one, _single in several])
+            for i, (one, single) in enumerate(several):
+                same = one.tokens == single.tokens and one.stop_reason == single.stop_reason
+                check.note(same, f"{options} {n} rows, row {i} {one.config}")
+    if check.quick:
+        return
+    for dtype, activation in ((torch.float32, "none"), (torch.bfloat16, "none")):
+        single = gpu(byte_llama_file(folder, dtype, activation))
+        model = gpu(byte_llama_file(folder, dtype, activation, 16))
+        host = gpu(byte_llama_file(folder, dtype, activation, 16), device_loop=False)
+        prompts = [PROMPT[: 4 + 4 * i] for i in range(16)]
+        expected = [single.generate(p, max_new_tokens=200).tokens for p in prompts]
+        rates = []
+        for loaded in (model, host):
+            for _turn in range(2):
+                several = [Conversation(p, {"max_new_tokens": 200}) for p in prompts]
+                total = generate(loaded, several)
+            rates.append((total.new_tokens - 16) / total.decode_s)
+            if loaded is model:
+                found = [one.tokens for one in several]
+        check.note(found == [one.tokens for one in several], f"16 rows {dtype}: loop on and off")
+        n_same = sum(a == b for a, b in zip(found, expected, strict=True))
+        print(f"  16 byte Llamas {dtype}: {n_same} of 16 as alone; tokens/s in all {rates[0]:.0f}, "
+              f"through the host {rates[1]:.0f}", flush=True)  # fmt: skip
+        # In fp32 rounding is far below the differences of logits; in bf16 near ties fall otherwise.
+        check.note(dtype != torch.float32 or n_same == 16, f"16 rows {dtype}: others than alone")
+
+
+def export_files(folder: Path) -> None:
+    """All files of the checks."""
+    for dtype, activation in FORMS:
+        byte_llama_file(folder, dtype, activation)
+    for dtype in (torch.float32, torch.bfloat16):
+        byte_llama_file(folder, dtype, "none", 16)
+    history_file(folder, "history")
+    history_file(folder, "breaks", Breaks())
+    history_file(folder, "longer", get_max_context_len=80)
+    history_file(folder, "counts", Counts())
+    history_file(folder, "rows", n_rows=16)
+
+
 PARTS: dict[str, Callable[[Checker, Path], None]] = {
     "sampler": check_sampler,
     "ends": check_ends,
     "times": check_sampler_times,
+    "ways_to_end": check_ways_to_end,
+    "errors": check_errors,
+    "callbacks": check_callbacks,
+    "several": check_several,
+    "tokens": check_tokens,
 }
 
 
@@ -253,11 +549,15 @@ def main() -> int:
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--export", action="store_true", help="write the files and end")
     args = parser.parse_args()
     check = Checker(args.quick)
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
+        if args.export:
+            export_files(folder)
+            return 0
         for name in args.only:
             before, start = check.n_wrong, time.time()
             print(f"{name} ...", flush=True)
