@@ -30,6 +30,7 @@ class DecodeInfo:
     vocab_size: int
     bos_id: int | None
     eos_ids: tuple[int, ...]
+    max_sequences: int = 1  # that one forward takes
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,7 @@ def decode_info(model: Any) -> DecodeInfo:
         vocab_size=native.vocab_size,
         bos_id=native.bos_id if native.bos_id >= 0 else None,
         eos_ids=tuple(native.eos_ids[: native.n_eos_ids]),
+        max_sequences=native.max_sequences,
     )
 
 
@@ -142,6 +144,7 @@ def generate_tokens(
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
     seed: int = 0,
     stop_tokens: Sequence[int] = (),
     prefill_chunk: int | None = None,
@@ -160,6 +163,7 @@ def generate_tokens(
         temperature: 0 takes the likeliest token, the lowest id of equals.
         top_k: draw from the k likeliest only; 0 is off.
         top_p: then from the fewest likeliest that hold this probability; 1 is off.
+        min_p: then from those at least this times as likely as the likeliest; 0 is off.
         seed: the same seed gives the same tokens, on any machine.
         stop_tokens: ids that end the generation, besides the model's ``get_eos_ids``.
         prefill_chunk: prompt tokens per forward; None is as many as the model takes.
@@ -169,8 +173,8 @@ def generate_tokens(
 
     Raises:
         ValueError: an integer out of its range.
-        CudaInt4Error: the prompt does not fit, a token is not in the vocabulary, temperature or
-            top_p is out of its range, the model failed or gave NaN; the reason is in the text.
+        CudaInt4Error: the prompt does not fit, a token is not in the vocabulary, temperature,
+            top_p or min_p is out of its range, the model failed or gave NaN; the text says which.
         GenerationInterrupted: Ctrl-C; it carries the tokens up to then.
     """
     _check_ints(start_pos, max_new_tokens, prefill_chunk, top_k, seed)
@@ -200,6 +204,7 @@ def generate_tokens(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        min_p=min_p,
         seed=seed,
         stop_tokens=(ctypes.c_int64 * len(stops)).from_buffer(stops),
         n_stop_tokens=len(stops),
@@ -310,9 +315,7 @@ def generate_text(
     """
     info = decode_info(model)
     stops = sorted({*stop_tokens, *tokenizer.stop_tokens, *info.eos_ids})
-    tokens = tokenizer.encode(prompt, bos=bos)
-    if bos and isinstance(tokenizer, ByteTokenizer) and info.bos_id is not None:
-        tokens.insert(0, info.bos_id)
+    tokens = encoded(tokenizer, prompt, info, bos=bos)
     stream = TextStream(tokenizer, on_text)
     on_token = options.pop("on_token", None)
 
@@ -329,3 +332,11 @@ def generate_text(
         text = stream.finish()
         raise GenerationInterrupted(Generation(generation.tokens, generation.stats, text)) from None
     return Generation(generation.tokens, generation.stats, stream.finish())
+
+
+def encoded(tokenizer: Tokenizer, prompt: str, info: DecodeInfo, *, bos: bool) -> list[int]:
+    """Tokens of ``prompt``, the begin token in front; for bytes the model says which that is."""
+    tokens = tokenizer.encode(prompt, bos=bos)
+    if bos and isinstance(tokenizer, ByteTokenizer) and info.bos_id is not None:
+        tokens.insert(0, info.bos_id)
+    return tokens

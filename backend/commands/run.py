@@ -15,13 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from .. import _native
-from ..generation import (
-    Generation,
-    GenerationInterrupted,
-    decode_info,
-    generate_text,
-)
-from ..text_stream import ByteTokenizer, load_tokenizer
+from ..batch import BatchGeneration, BatchInterrupted, generate_text_batch
+from ..generation import Generation, GenerationInterrupted, decode_info, generate_text
+from ..text_stream import ByteTokenizer, Tokenizer, load_tokenizer
 
 MAX_BYTE_VOCAB = 512  # bytes, and room for the special tokens behind them
 
@@ -76,6 +72,11 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument("--prompt-file", metavar="FILE", help='the same, from a file ("-": stdin)')
     prompt.add_argument(
         "--tokens", metavar="IDS", type=_token_list, help="ids such as 1,15043; ids come back"
+    )
+    prompt.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help='one prompt a line ("-": stdin), as many at once as the model was exported for',
     )
     text = parser.add_argument_group("text")
     text.add_argument(
@@ -134,6 +135,13 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         type=_number(lambda p: 0 < p <= 1, "0 < P <= 1"),
         default=1.0,
         help="draw from the fewest likeliest tokens that hold P of the probability (default: 1)",
+    )
+    choice.add_argument(
+        "--min-p",
+        metavar="P",
+        type=_number(lambda p: 0 <= p <= 1, "0 <= P <= 1"),
+        default=0.0,
+        help="draw from tokens at least P times as likely as the likeliest (default: 0, off)",
     )
     choice.add_argument(
         "--seed",
@@ -195,10 +203,13 @@ def run_command(args: argparse.Namespace) -> int:
         "temperature": args.temperature,
         "top_k": args.top_k,
         "top_p": args.top_p,
+        "min_p": args.min_p,
         "seed": args.seed,
         "stop_tokens": args.stop_token,
         "prefill_chunk": args.prefill_chunk,
     }
+    if args.prompts is not None:
+        return _run_prompts(args, model, tokenizer, options)
     as_ids = args.tokens is not None or args.print_tokens
     n_shown = 0
 
@@ -228,12 +239,71 @@ def run_command(args: argparse.Namespace) -> int:
     return 130 if interrupted else 0
 
 
+def _run_prompts(
+    args: argparse.Namespace, model: Any, tokenizer: Tokenizer, options: dict[str, Any]
+) -> int:
+    """Each prompt of the file with what continues it, in their order, as soon as it is whole."""
+    prompts = _read(args.prompts).split("\n")
+    if prompts[-1] == "":  # behind the last line's end
+        prompts.pop()
+    prompts = [prompt.removesuffix("\r") for prompt in prompts]
+    if not prompts:
+        raise ValueError(f"{args.prompts}: expected a prompt a line, got an empty file")
+    for number, prompt in enumerate(prompts, 1):
+        if not prompt:
+            raise ValueError(
+                f"{args.prompts}:{number}: expected a prompt, got an empty line; delete it"
+            )
+    if isinstance(tokenizer, ByteTokenizer):
+        _check_byte_vocab(args.model, model)
+    ended: dict[int, str] = {}
+    n_shown = 0
+
+    def show(index: int) -> None:
+        nonlocal n_shown
+        print(f"{chr(10) if n_shown else ''}==> {index + 1}: {_head(prompts[index])} <==")
+        print(ended.pop(index), flush=True)
+        n_shown = index + 1
+
+    def end(index: int, continuation: str) -> None:
+        ended[index] = continuation
+        while not args.json and n_shown in ended:
+            show(n_shown)
+
+    def end_ids(index: int, tokens: list[int]) -> None:
+        end(index, " ".join(map(str, tokens)))
+
+    options.update({"on_end": end_ids} if args.print_tokens else {"on_text": end})
+    interrupted = False
+    try:
+        batch = generate_text_batch(model, tokenizer, prompts, bos=not args.no_bos, **options)
+    except BatchInterrupted as error:
+        batch, interrupted = error.batch, True
+        for index, generation in enumerate(batch.generations):
+            if index >= n_shown and generation.tokens:
+                if args.print_tokens:
+                    end_ids(index, generation.tokens)
+                else:
+                    end(index, generation.text or "")
+    finally:
+        if not args.json:  # those that waited for one in front of them
+            for index in sorted(ended):
+                show(index)
+    _report(batch, as_json=args.json)
+    return 130 if interrupted else 0
+
+
+def _head(prompt: str, n: int = 60) -> str:
+    """As much of a prompt as goes on a line."""
+    return prompt if len(prompt) <= n else f"{prompt[: n - 3]}..."
+
+
 def _prompt(args: argparse.Namespace) -> str:
-    if args.prompt is not None:
-        return args.prompt
-    data = (
-        sys.stdin.buffer.read() if args.prompt_file == "-" else Path(args.prompt_file).read_bytes()
-    )
+    return args.prompt if args.prompt is not None else _read(args.prompt_file)
+
+
+def _read(path: str) -> str:
+    data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
     return data.decode("utf-8", "surrogateescape")
 
 
@@ -246,7 +316,7 @@ def _check_byte_vocab(path: str, model: Any) -> None:
         )
 
 
-def _report(generation: Generation, *, as_json: bool) -> None:
+def _report(generation: Generation | BatchGeneration, *, as_json: bool) -> None:
     sys.stdout.flush()
     if as_json:
         print(json.dumps(generation.as_dict()), flush=True)
