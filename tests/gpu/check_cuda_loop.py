@@ -405,7 +405,7 @@ def check_errors(check: Checker, folder: Path) -> None:
                 try:
                     loaded.generate([turn, 1], on_token=seen.append)
                     outcomes.append((seen, ""))
-                except cuda_int4.CudaInt4Error as error:
+                except _native.CudaInt4Error as error:
                     outcomes.append((seen, str(error)))
             check.note(outcomes[0] == outcomes[1], f"NaN {options} {turn}: {outcomes}")
     path = history_file(folder, "longer", get_max_context_len=80)
@@ -417,7 +417,7 @@ def check_errors(check: Checker, folder: Path) -> None:
             try:
                 model.generate([9], on_token=seen.append)
                 check.note(False, f"index {options}: no error")
-            except cuda_int4.CudaInt4Error as error:
+            except _native.CudaInt4Error as error:
                 right = "expected indices in 0..63, got 64" in str(error)
                 check.note(right and len(seen) >= 63, f"index {options}: {len(seen)} {error}")
             check.note(
