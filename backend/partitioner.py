@@ -89,7 +89,7 @@ class CudaInt4Partitioner(Partitioner):
         devices: where the file is to run, of ``"cpu"`` and ``"cuda"``: a node goes in if each of
             them has a kernel for it. No GPU is needed for that.
         fusions: which ops are made one kernel where they meet: ``"all"``, ``"none"``, or names out
-            of ``linears``, ``add_rms_norm``, ``gate_mul`` and ``rope_append`` (passes/__init__.py).
+            of ``FUSIONS`` (passes/__init__.py), such as ``["linears", "gate_mul"]``.
 
     Attributes:
         report: what the last ``partition`` left outside: dicts of ``node``, ``op`` and ``reason``.
