@@ -2,6 +2,7 @@
 
     cuda-int4 bench decode --model llama-3-8b
     cuda-int4 bench decode --model gemma-4-31b --context 128 2048 --out results.csv
+    cuda-int4 bench decode --sequences 16 --context 128 2048
 
 The model (decode_model.py) is exported on this machine, with the standard calls, and run by the
 C++ decode loop: ``prefill`` rows are the tokens per second at which a prompt is read (the first
@@ -9,7 +10,8 @@ token is chosen from it), ``decode`` rows the tokens per second that follow a pr
 tokens, ``generate`` rows those of whole generations behind a prompt, the median of several, and
 ``step of 16`` rows those of calls that take 16 tokens behind it, as speculative decoding
 makes them (the linears then have 16 rows of x). Of each decode row the first tokens are not
-counted: they make the CUDA graph.
+counted: they make the CUDA graph. With ``--sequences`` as many prompts are read and continued
+together, each in a row of the caches: times are then of a step, tokens per second of all together.
 ``floor_fraction`` is the share of the memory floor: the bytes that a token needs (the int4 weights,
 the head's included, and the keys and values of the context, each once) over 4.3 TB/s, the bus of an
 H200, over the time taken.
@@ -44,6 +46,7 @@ import cuda_int4
 import decode_model
 import linear_cuda
 import profile_decode
+from cuda_int4.batch import generate_token_batch
 from cuda_int4.layouts import COALESCED
 from cuda_int4.marlin_layouts import MARLIN, MARLIN24
 from cuda_int4.model import Model, Profile
@@ -61,12 +64,13 @@ UNCOUNTED_TOKENS = 4
 CHECKED_TOKENS = 8
 PROFILE_ROUNDS = 7
 MAX_SEQ_LEN = 2048  # tokens that one forward takes; longer prompts are read in parts
+MAX_STEP_TOKENS = 8192  # the same of several sequences together
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclasses.dataclass
 class Row:
-    """One line of the table; times in microseconds, of a token or of the whole prompt."""
+    """One line of the table; times in microseconds, of a step or of the whole prompt."""
 
     phase: str
     context: int
@@ -106,14 +110,17 @@ def export(config: decode_model.Config, options: argparse.Namespace, path: Path)
         activation=options.activation,
         dense_head=options.dense_head,
         layout_tag=LAYOUTS[options.layout],
+        max_sequences=options.sequences,
     )
     max_seq_len = min(MAX_SEQ_LEN, max_context)
-    length = torch.export.Dim("length", min=1, max=max_seq_len)
+    if options.sequences > 1:
+        max_seq_len = min(MAX_STEP_TOKENS // options.sequences, max_context)
+    example, dynamic_shapes = decode_model.example_call(max_seq_len, options.sequences)
     cuda_int4.export(
         model,
-        (torch.zeros(1, 8, dtype=torch.long), torch.arange(8)),
+        example,
         path,
-        dynamic_shapes=({1: length}, {0: length}),
+        dynamic_shapes=dynamic_shapes,
         activation=options.activation,
         constant_methods={
             "get_max_seq_len": max_seq_len,
@@ -122,6 +129,7 @@ def export(config: decode_model.Config, options: argparse.Namespace, path: Path)
             "get_eos_ids": [],
             "use_kv_cache": True,
             "enable_dynamic_shape": True,
+            **({"get_max_batch": options.sequences} if options.sequences > 1 else {}),
         },
         devices=(options.device,),
         fusions=fusions if fusions in ("all", "none") else fusions.split(","),
@@ -145,18 +153,26 @@ def check(path: Path, prompt: Sequence[int], options: argparse.Namespace, model:
     Raises:
         RuntimeError: they are not.
     """
-    logits = model.forward(torch.tensor([prompt]), torch.arange(len(prompt)))[0]
+    tokens = torch.tensor([prompt]).expand(options.sequences, -1)
+    places = torch.arange(len(prompt)).expand_as(tokens)
+    logits = model.forward(tokens, places if options.sequences > 1 else places[0])[0]
     if not bool(logits.isfinite().all()) or float(logits.float().std()) == 0:
         raise RuntimeError("bench decode: expected finite logits that differ, got others")
-    tokens = model.generate(list(prompt), max_new_tokens=CHECKED_TOKENS).tokens
+
+    def generated(model: Model) -> list[list[int]]:
+        ragged = [prompt[: len(prompt) - i % len(prompt)] for i in range(options.sequences)]
+        batch = generate_token_batch(model, ragged, max_new_tokens=CHECKED_TOKENS)
+        return [one.tokens for one in batch.generations]
+
+    chosen = generated(model)
     if options.device == "cpu" or not options.check:
         return
     model.close()
     with load(path, options.device, not options.cuda_graph) as other:
-        others = other.generate(list(prompt), max_new_tokens=CHECKED_TOKENS).tokens
-    if tokens != others:
+        others = generated(other)
+    if chosen != others:
         raise RuntimeError(
-            f"bench decode: expected the same tokens with CUDA graphs and without, got {tokens} "
+            f"bench decode: expected the same tokens with CUDA graphs and without, got {chosen} "
             f"and {others}"
         )
 
@@ -260,6 +276,51 @@ def measure(
     return rows
 
 
+def measure_several(
+    model: Model, config: decode_model.Config, weight_bytes: int, options: argparse.Namespace
+) -> list[Row]:
+    """All rows of several sequences."""
+    generator = torch.Generator().manual_seed(0)
+    n_rows = options.sequences
+    shape = (n_rows, max([*options.context, options.prompt]))
+    prompts = torch.randint(0, config.vocab_size, shape, generator=generator)
+    element_bytes = DTYPES[options.dtype].itemsize
+
+    def floor_us(context: int) -> float:
+        needed = weight_bytes + n_rows * config.cache_bytes_read(context, element_bytes)
+        return needed / BUS_BYTES_PER_S * 1e6
+
+    rows = []
+    if options.generate:
+        n = options.prompt
+        times = []
+        for turn in range(options.repeat + 1):
+            batch = generate_token_batch(
+                model, prompts[:, :n].tolist(), max_new_tokens=options.generate
+            )
+            if turn:  # the first makes CUDA graphs
+                times.append(n_rows / batch.stats.decode_tokens_per_s * 1e6)
+        floor = floor_us(n + options.generate // 2)
+        rows.append(Row(f"{n_rows} generate {options.generate}", n, times, n_rows, floor))
+        print(f"{n_rows} behind {n}: {rows[-1].tokens_per_s:.1f} tokens/s", file=sys.stderr)
+    for n in options.context:
+        stamps: list[float] = []
+
+        def stamp(index: int, _token: int, stamps: list[float] = stamps) -> None:
+            if index == 0:
+                stamps.append(time.perf_counter())
+
+        batch = generate_token_batch(
+            model, prompts[:, :n].tolist(), max_new_tokens=options.new_tokens, on_token=stamp
+        )
+        rows.append(Row(f"{n_rows} prefill", n, [batch.stats.prefill_s * 1e6], n_rows * n))
+        steps = [(b - a) * 1e6 for a, b in zip(stamps, stamps[1:], strict=False)]
+        floor = floor_us(n + (options.new_tokens + UNCOUNTED_TOKENS) // 2)
+        rows.append(Row(f"{n_rows} sequences", n, steps[UNCOUNTED_TOKENS:], n_rows, floor))
+        print(f"{n_rows} at {n}: {rows[-1].tokens_per_s:.1f} tokens/s", file=sys.stderr)
+    return rows
+
+
 def take_apart(
     model: Model, config: decode_model.Config, options: argparse.Namespace
 ) -> list[profile_decode.TokenProfile]:
@@ -294,8 +355,9 @@ def profile(
     profiles = {}
     for n in sorted({min(options.context), max(options.context)}):
         model.reset()
-        token = torch.tensor([[1 % config.vocab_size]])
-        profiles[n] = model.profile(token, torch.tensor([n]))
+        token = torch.full((options.sequences, 1), 1 % config.vocab_size)
+        places = torch.full((options.sequences, 1), n)
+        profiles[n] = model.profile(token, places if options.sequences > 1 else places[0])
     return profiles
 
 
@@ -399,7 +461,8 @@ def run(options: argparse.Namespace, folder: Path) -> None:
     if options.check and options.device == "cuda":
         model = load(path, options.device, options.cuda_graph)
     with model:
-        rows = measure(model, config, weight_bytes, options)
+        of_rows = measure if options.sequences == 1 else measure_several
+        rows = of_rows(model, config, weight_bytes, options)
         profiles = {} if options.profile else profile(model, config, options)
         apart = take_apart(model, config, options) if options.profile else []
         use = model.device_use()
@@ -459,6 +522,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dense-head", action="store_true", help="leave the head in --dtype, not in int4"
     )
+    parser.add_argument(
+        "--sequences", type=int, default=1, help="decoded together, each a row of the caches"
+    )
     parser.add_argument("--context", type=int, nargs="+", default=[128, 2048, 8192])
     parser.add_argument("--prefill", type=int, nargs="+", default=[512, 2048])
     parser.add_argument("--new-tokens", type=int, default=64, help="per context")
@@ -502,6 +568,11 @@ def command(options: argparse.Namespace) -> int:
         raise ValueError(
             "bench decode: expected --generate of 0 or at least 2, --repeat and --prompt of at "
             f"least 1, got {options.generate}, {options.repeat} and {options.prompt}"
+        )
+    if options.sequences < 1 or (options.sequences > 1 and options.profile):
+        raise ValueError(
+            "bench decode: expected --sequences of at least 1, and of 1 with --profile, got "
+            f"{options.sequences}"
         )
     if options.zero_points and options.layout == "marlin24":
         raise ValueError(

@@ -435,3 +435,15 @@ def _fill_buffers(model: Decoder, dtype: torch.dtype) -> None:
     model.key_pos = torch.arange(model.max_context)
     if hasattr(model, "sequences"):
         model.sequences = torch.arange(len(model.sequences))
+
+
+def example_call(
+    max_seq_len: int, max_sequences: int
+) -> tuple[tuple[Tensor, Tensor], tuple[dict, dict]]:
+    """Tokens and positions to export with, and which of their sizes are free."""
+    length = torch.export.Dim("length", min=1, max=max_seq_len)
+    tokens, places = torch.zeros(1, 8, dtype=torch.long), torch.arange(8)
+    if max_sequences == 1:
+        return (tokens, places), ({1: length}, {0: length})
+    free = {0: torch.export.Dim("sequences", min=1, max=max_sequences), 1: length}
+    return (tokens.repeat(2, 1), places.repeat(2, 1)), (free, free)

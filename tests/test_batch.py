@@ -299,14 +299,7 @@ def export_decoder(name: str, folder: Path, max_sequences: int, activation: str,
         activation=activation,
         max_sequences=max_sequences,
     )
-    length = torch.export.Dim("length", min=1, max=32)
-    example, free = (
-        (torch.zeros(1, 8, dtype=torch.long), torch.arange(8)),
-        ({1: length}, {0: length}),
-    )
-    if max_sequences > 1:
-        both = {0: torch.export.Dim("sequences", min=1, max=max_sequences), 1: length}
-        example, free = tuple(x.expand(2, -1).contiguous() for x in example), (both, both)
+    example, free = decode_model.example_call(32, max_sequences)
     methods = {
         "get_max_seq_len": 32,
         "get_max_context_len": 64,
