@@ -63,7 +63,7 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fusions",
         default="all",
-        help="ops that are made one kernel: all, none, or names of fusions, such as gate_mul,linears"
+        help="ops made one kernel: all, none, or names of fusions, such as linears,gate_mul"
         " (a wrong name lists them; default: %(default)s)",
     )
     parser.add_argument(
