@@ -20,8 +20,9 @@ constexpr std::string_view kOurs = "cuda_int4::";
 constexpr std::string_view kView = "executorch_prim::et_view";
 constexpr std::string_view kRopeAppend = "cuda_int4::rope_append";  // two caches first
 constexpr std::string_view kCopyIndex = "executorch_prim::et_copy_index";
-constexpr std::string_view kIndexPut =
-    "cuda_int4::index_put_";  // self, indices, values, accumulate
+constexpr std::string_view kIndexPut = "cuda_int4::index_put";  // self, indices, values, accumulate
+constexpr std::string_view kIndexPutInPlace = "cuda_int4::index_put_";  // the same
+constexpr std::string_view kCopyInPlace = "cuda_int4::copy_";           // self, source
 constexpr std::string_view kItem = "cuda_int4::_local_scalar_dense";
 
 /// How many tensors an op of ours writes that is no in-place op (a list of them counts as one).
@@ -175,8 +176,9 @@ class Method {
     const std::string_view name = op.string(0);
     const auto argument = [&](uint32_t i) { return uint32_t(args.scalar<int32_t>(i)); };
     if (name == kView || name.substr(0, kRopeAppend.size()) == kRopeAppend) return true;
-    if (name == kIndexPut && args.size() > 3 && type_of(argument(3)) == kBool &&
-        !Table(values_.offset(argument(3))).table(ValueField::kValue).scalar<uint8_t>(0, 0))
+    if (name == kIndexPutInPlace && puts_rows(args)) return true;
+    if (name == kCopyInPlace && args.size() > 1 &&
+        is_put_into(int64_t(argument(1)), int64_t(argument(0))))
       return true;
     const Written written = written_by(op, args.size());
     for (uint32_t i = 0; i < args.size(); ++i) {
@@ -204,6 +206,34 @@ class Method {
       if (error != Error::Ok) return error;
     }
     return Error::Ok;
+  }
+
+  /// Whether the arguments of an index_put overwrite, and do not add up.
+  bool puts_rows(const Vector& args) const {
+    if (args.size() < 4) return false;
+    const auto accumulate = uint32_t(args.scalar<int32_t>(3));
+    return type_of(accumulate) == kBool &&
+           !Table(values_.offset(accumulate)).table(ValueField::kValue).scalar<uint8_t>(0, 0);
+  }
+
+  /// Whether `value` is nothing but `self` with some of its rows overwritten: what is copied back then.
+  bool is_put_into(int64_t value, int64_t self) const {
+    bool is_put = false, is_other = false;
+    each_instruction([&](uint8_t type, const Table& call) {
+      if (type != kKernelCall) return;
+      const Table op = operator_of(call);
+      const Vector args = call.vector(1);
+      const Written written = written_by(op, args.size());
+      for (uint32_t i = 0; i < args.size(); ++i) {
+        if ((i >= written.n && (i < written.begin || i >= written.end)) ||
+            args.scalar<int32_t>(i) != value)
+          continue;
+        const bool puts =
+            op.string(0) == kIndexPut && puts_rows(args) && args.scalar<int32_t>(0) == self;
+        (puts ? is_put : is_other) = true;
+      }
+    });
+    return is_put && !is_other;
   }
 
   /// Whether a value, or one of the list that it is, is among `set`: *found.
