@@ -22,6 +22,26 @@ __device__ __forceinline__ uint32_t pack_codes(int c0, int c1, int c2, int c3) {
   return __byte_perm(low, high, 0x5410);
 }
 
+// Of many x the quotient by one s (0 < s < 2^122, |x| < 128 s), rounded as a division is, in 5
+// instructions: a division each, with the code for its rare cases, takes gate_mul from 1.1 to 2.4 us
+// for one row of 14336 on an H200. Two corrections of x * (1 / s), whose residuals are exact because
+// a power of two takes s far from the ends of the range; where x is not, its quotient is below 0.25.
+struct Quotients {
+  float unit, s, reciprocal;
+
+  __device__ __forceinline__ explicit Quotients(float of) {
+    unit = of < 1e-25f ? 0x1p100f : of > 1e25f ? 0x1p-60f : 1.f;
+    s = of * unit;
+    reciprocal = __frcp_rn(s);
+  }
+  __device__ __forceinline__ float operator()(float x) const {
+    x *= unit;
+    float quotient = x * reciprocal;
+    quotient = fmaf(fmaf(-quotient, s, x), reciprocal, quotient);
+    return fmaf(fmaf(-quotient, s, x), reciprocal, quotient);
+  }
+};
+
 // kVec values of row m from k on; the 32 / kVec lanes of a group (consecutive, the first one's k a
 // multiple of 32) call it together.
 template <int kVec>
@@ -46,10 +66,11 @@ __device__ __forceinline__ void quantize_group(const QuantizedRows& to, const fl
   const float s_x = __fdiv_rn(largest, 127.f) + not_finite;
   const bool is_usable = s_x > 0.f;  // neither 0 nor NaN
 
+  const Quotients quotient(is_usable ? s_x : 1.f);
   int code[kVec], sum = 0;
 #pragma unroll
   for (int i = 0; i < kVec; ++i) {
-    const float ratio = fminf(127.f, fmaxf(-127.f, __fdiv_rn(x[i], s_x)));
+    const float ratio = fminf(127.f, fmaxf(-127.f, quotient(x[i])));
     code[i] = is_usable ? __float2int_rn(ratio) : 0;
     sum += code[i];
   }

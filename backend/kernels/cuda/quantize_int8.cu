@@ -16,6 +16,7 @@
 #include "launch_dependent.cuh"
 #include "numeric.cuh"
 #include "ptx.cuh"
+#include "quantize_group.cuh"
 #include "quantize_int8.cuh"
 
 namespace cuda_int4 {
@@ -26,64 +27,28 @@ constexpr int kThreads = 128;
 constexpr int kElemsPerLane = 8;
 constexpr int64_t kMaxGridY = 65535;
 
-// 4 codes as one word, the first in the low byte.
-__device__ __forceinline__ uint32_t pack_codes(int c0, int c1, int c2, int c3) {
-  const uint32_t low = __byte_perm(c0, c1, 0x0040), high = __byte_perm(c2, c3, 0x0040);
-  return __byte_perm(low, high, 0x5410);
-}
-
 // kVec elements of x in one load: those of a lane where x lies on 16 bytes, else 1.
 template <typename X, int kVec>
 __global__ void __launch_bounds__(kThreads) quantize_int8_kernel(QuantizeInt8Args p) {
   const int64_t k = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * kElemsPerLane;
   const bool here = k < p.K;  // the same in the 4 lanes of a group
-  griddepcontrol_wait();
   griddepcontrol_launch_dependents();
+  griddepcontrol_wait();
   for (int64_t m = blockIdx.y; m < p.n_tokens; m += gridDim.y) {
-    const bool row = here && m < p.M;
-    float x[kElemsPerLane] = {};
-    if (row) {
-      const X* from = static_cast<const X*>(p.x) + m * p.K + k;
+    if (!here) continue;
+    if (m >= p.M) {
+      if (k % kQuantizedGroup == 0) p.parameter[k / kQuantizedGroup * p.n_tokens + m] = {0.f, 0};
+      continue;
+    }
+    float x[kElemsPerLane];
+    const X* from = static_cast<const X*>(p.x) + m * p.K + k;
 #pragma unroll
-      for (int i = 0; i < kElemsPerLane; i += kVec) {
-        const Elems<X, kVec> elems = *reinterpret_cast<const Elems<X, kVec>*>(from + i);
+    for (int i = 0; i < kElemsPerLane; i += kVec) {
+      const Elems<X, kVec> elems = *reinterpret_cast<const Elems<X, kVec>*>(from + i);
 #pragma unroll
-        for (int j = 0; j < kVec; ++j) x[i + j] = as_float(elems.values[j]);
-      }
+      for (int j = 0; j < kVec; ++j) x[i + j] = as_float(elems.values[j]);
     }
-    float largest = 0.f, not_finite = 0.f;
-#pragma unroll
-    for (int i = 0; i < kElemsPerLane; ++i) {
-      largest = fmaxf(largest, fabsf(x[i]));
-      not_finite += x[i] - x[i];  // 0, or NaN
-    }
-#pragma unroll
-    for (int offset = 1; offset < 4; offset *= 2) {
-      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, offset));
-      not_finite += __shfl_xor_sync(0xffffffffu, not_finite, offset);
-    }
-    const float s_x = __fdiv_rn(largest, 127.f) + not_finite;
-    const bool usable = s_x > 0.f;  // neither 0 nor NaN
-
-    int code[kElemsPerLane], sum = 0;
-#pragma unroll
-    for (int i = 0; i < kElemsPerLane; ++i) {
-      const float ratio = fminf(127.f, fmaxf(-127.f, __fdiv_rn(x[i], s_x)));
-      code[i] = usable ? __float2int_rn(ratio) : 0;
-      sum += code[i];
-    }
-#pragma unroll
-    for (int offset = 1; offset < 4; offset *= 2) {
-      sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-    }
-    if (row) {
-      int8_t* a = p.a + m * p.K + k / 2;
-      *reinterpret_cast<uint32_t*>(a) = pack_codes(code[0], code[2], code[4], code[6]);
-      *reinterpret_cast<uint32_t*>(a + p.K / 2) = pack_codes(code[1], code[3], code[5], code[7]);
-    }
-    if (here && k % kQuantizedGroup == 0) {
-      p.parameter[k / kQuantizedGroup * p.n_tokens + m] = {s_x, sum};  // 0, 0 beyond M
-    }
+    quantize_group<kElemsPerLane>({p.a, p.parameter, p.K, p.n_tokens}, x, m, k);
   }
 }
 
