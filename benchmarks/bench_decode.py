@@ -328,24 +328,25 @@ def take_apart(
     on_gpu = options.device == "cuda"
     flops = linear_cuda.matmul_ceiling() if on_gpu else 0.0
 
-    def measured(n_tokens: int, at: int, title: str, whole: bool) -> profile_decode.TokenProfile:
+    def measured(n_tokens: int, at: int, title: str) -> profile_decode.TokenProfile:
         form = profile_decode.Form(
             config, options.group_size, options.zero_points, LAYOUTS[options.layout],
             DTYPES[options.dtype].itemsize, n_tokens, at, flops,
         )  # fmt: skip
         tokens = torch.arange(n_tokens).unsqueeze(0) % config.vocab_size
-        inputs = (tokens, torch.arange(at, at + n_tokens))
-        rounds = PROFILE_ROUNDS if whole else 1
         return profile_decode.measure(
-            model, inputs, title, form, on_gpu=on_gpu, rounds=rounds, whole=whole
+            model,
+            (tokens, torch.arange(at, at + n_tokens)),
+            title,
+            form if on_gpu else None,
+            rounds=PROFILE_ROUNDS,
+            in_parts=on_gpu and n_tokens == 1,
         )
 
-    profiles = [
-        measured(1, n, f"a token behind {n}", True)
-        for n in sorted({min(options.context), max(options.context)})
-    ]
+    ends = sorted({min(options.context), max(options.context)})
+    profiles = [measured(1, n, f"a token behind {n}") for n in ends]
     n = min(MAX_SEQ_LEN, max(options.prefill))
-    return [*profiles, measured(n, 0, f"a prompt of {n}", False)]
+    return [*profiles, measured(n, 0, f"a prompt of {n}")]
 
 
 def profile(

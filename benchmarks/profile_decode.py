@@ -11,8 +11,9 @@ with and without some of the ops (``Model.time_part``):
                    where kernels overlap, below where it begins late
 
 The ops that are there read what is in memory where an op before them is missing; times do not hang
-on values. The first row is the launch of a graph with the inputs' upload and no op. On the CPU each
-instruction is timed, "in the chain" alone.
+on values. The first row is the launch of a graph with the inputs' upload and no op. The ops of a
+prompt are long, and the clock falls while it is measured in parts: there, and on the CPU, each op
+is timed where it stands, between two timestamps of one run ("in the chain" alone).
 
 Floors, on a GPU, are bytes over 4.3 TB/s (weights, keys and values, activations read and written,
 each once), or multiply-adds over the rate of a large product by cuBLAS in the same run, where that
@@ -220,21 +221,20 @@ def measure(
     model: Model,
     inputs: tuple[torch.Tensor, ...],
     title: str,
-    form: Form,
+    form: Form | None,
     *,
-    on_gpu: bool,
     rounds: int,
-    whole: bool = True,
+    in_parts: bool,
 ) -> TokenProfile:
-    """Take a call apart; without ``whole`` "in the chain" alone, in a third of the time."""
-    profile = model.profile(*inputs, rounds=1 if on_gpu else rounds)
+    """Take a call apart; ``in_parts``, on a GPU alone: else by timestamps. No form: no floors."""
+    profile = model.profile(*inputs, rounds=1 if in_parts else rounds)
     parts = find_parts(profile.instructions)
-    if not on_gpu:
+    if form is not None:
+        set_floors(parts, form)
+    if not in_parts:
         for part in parts:
             part.us = sum(profile.instructions[i].us for i in part.instructions)
         return TokenProfile(title, parts, 0.0, profile.total_us)
-
-    set_floors(parts, form)
 
     def time_of(kept_parts: Sequence[Part]) -> float:
         kept = set().union(*(part.instructions for part in kept_parts))
@@ -245,20 +245,21 @@ def measure(
     for n, part in enumerate(parts):
         longer = time_of(parts[: n + 1])
         part.us, total_us = longer - total_us, longer
-    for n, part in enumerate(parts if whole else []):
+    for n, part in enumerate(parts):
         part.saved_us = total_us - time_of([*parts[:n], *parts[n + 1 :]])
         part.alone_us = time_of([part]) - start_us
     model.reset()
     return TokenProfile(title, parts, start_us, total_us)
 
 
+# Of the row that begins a call, saved_us is the time of all of it.
 COLUMNS = "call,section,op,calls,us,saved_us,alone_us,floor_us".split(",")
 LAUNCH = "launch, inputs"
 LEGEND = (
-    "us: what the call takes longer when the op joins those before it in the graph, so that they "
-    "add up.",
-    "Saved: what the call takes less without the op. Alone: a call of nothing but it. Floors are",
-    "bytes over 4.3 TB/s, or operations at the rate of a large product by cuBLAS.",
+    "us of a token: what the call takes longer when the op joins those before it in the graph; of a",
+    "prompt: by timestamps, about a microsecond each. Saved: what the call takes less without the",
+    "op. Alone: a call of nothing but it. Floors are bytes over 4.3 TB/s, or operations at the rate",
+    "of a large product by cuBLAS.",
 )
 
 
@@ -269,7 +270,8 @@ def write(profiles: Sequence[TokenProfile], note: str, to: Path) -> None:
         out = csv.writer(file, lineterminator="\n")
         out.writerow(COLUMNS)
         for one in profiles:
-            out.writerow([one.title, "start", LAUNCH, 1, f"{one.start_us:.2f}", "", "", ""])
+            cells = [f"{us:.2f}" for us in (one.start_us, one.total_us)]
+            out.writerow([one.title, "start", LAUNCH, 1, *cells, "", ""])
             for part in one.parts:
                 times = (part.us, part.saved_us, part.alone_us, part.floor_us)
                 cells = ["" if us is None else f"{us:.2f}" for us in times]
@@ -293,7 +295,8 @@ def read(table: Path) -> tuple[list[TokenProfile], str]:
     profiles: list[TokenProfile] = []
     for row in rows:
         if row["section"] == "start":
-            profiles.append(TokenProfile(row["call"], [], float(row["us"]), float(row["us"])))
+            times = float(row["us"]), float(row["saved_us"])
+            profiles.append(TokenProfile(row["call"], [], *times))
             continue
         saved, alone, floor = (
             float(row[name]) if row[name] else None for name in ("saved_us", "alone_us", "floor_us")
@@ -301,16 +304,15 @@ def read(table: Path) -> tuple[list[TokenProfile], str]:
         instructions = list(range(int(row["calls"])))
         part = Part(row["op"], row["section"], instructions, float(row["us"]), saved, alone, floor)
         profiles[-1].parts.append(part)
-        profiles[-1].total_us += part.us
     return profiles, note
 
 
 def table(profile: TokenProfile) -> list[str]:
     """As Markdown."""
-    whole = any(part.saved_us is not None for part in profile.parts)
+    in_parts = any(part.saved_us is not None for part in profile.parts)
     total = profile.total_us
     head = ["op", "calls", "us", "us a call", "% of the call", "floor, us", "share of it"]
-    head += ["saved, us", "alone, us"] if whole else []
+    head += ["saved, us", "alone, us"] if in_parts else []
     lines = ["", f"## {profile.title}", "", f"| {' | '.join(head)} |"]
     lines.append("|---|" + "---:|" * (len(head) - 1))
     if profile.start_us:
@@ -323,7 +325,7 @@ def table(profile: TokenProfile) -> list[str]:
             floor = [f"{part.floor_us:.1f}", share]
         cells = [part.name, str(part.calls), f"{part.us:.1f}", f"{part.us / part.calls:.2f}"]
         cells += [_percent(part.us, total), *floor]
-        if whole:
+        if in_parts:
             cells += [
                 f"{us:.1f}" if us is not None else "" for us in (part.saved_us, part.alone_us)
             ]
@@ -389,11 +391,11 @@ def _waterfall(axes: Any, profile: TokenProfile) -> None:
     for part in profile.parts:
         kind = "head" if part.section == "after" and "linear" in part.name else part.name.split()[0]
         label = part.name if part.calls == 1 else f"{part.calls} x {part.name}"
-        text = f"{part.us * scale:.1f}, {_percent(part.us, total)} %"
+        text = f"{part.us * scale:.1f} {unit}, {_percent(part.us, total)} %"
         if part.calls > 1:
             text += f"; {part.us / part.calls:.2f} us each"
         if part.floor_us is not None and part.us > 0:
-            text += f"; {part.floor_us / part.us:.2f} of the floor"
+            text += f"; floor {part.floor_us / part.us:.2f} of it"
         rows.append((label, part.us, part.floor_us, COLOURS.get(kind, OTHER_COLOUR), text))
     at = 0.0
     for y, (_, us, floor_us, colour, text) in enumerate(rows):

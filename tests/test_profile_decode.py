@@ -55,8 +55,8 @@ class Recorded:
 def measured(**options: object) -> object:
     """The profile of a token of the recorded model."""
     form = profile_decode.Form(CONFIG, 128, False, "coalesced.v1", 2, 1, 100, 0.0)
-    given = {"on_gpu": True, "rounds": 1, **options}
-    return profile_decode.measure(Recorded(), (), "a token", form, **given)
+    given = {"form": form, "in_parts": True, "rounds": 1, **options}
+    return profile_decode.measure(Recorded(), (), "a token", **given)
 
 
 def test_parts_stand_in_the_order_of_a_layer():
@@ -97,7 +97,9 @@ def test_times_in_the_chain_add_up_to_the_call():
     norm = by_name["layer", "add_rms_norm (2)"]
     # Each keeps two linears apart that would overlap by 3 us: without it the call saves that, too.
     assert (norm.us, norm.saved_us, norm.alone_us) == (4 + 0, 2 * (2 + 3), 2 * 2)
-    assert all(part.saved_us is None for part in measured(whole=False).parts)
+    stamped = measured(in_parts=False, form=None)
+    assert all(part.us == part.calls and part.saved_us is None for part in stamped.parts)
+    assert stamped.total_us == 50 and stamped.floor_us == 0
 
 
 def test_a_table_and_a_file_that_gives_it_back(tmp_path):
@@ -124,7 +126,9 @@ def test_a_table_and_a_file_that_gives_it_back(tmp_path):
 | linear 512x256 | 1 | 8.0 | 8.00 | 10.4 | 0.0 | 0.00 | 8.0 | 8.0 |
 | the call |  | 77.0 |  | 100 | 0.1 | 0.00 |  |  |""",
     )
-    profile_decode.write([profile, measured(whole=False)], "a machine", tmp_path / "x.profile.csv")
+    profile_decode.write(
+        [profile, measured(in_parts=False)], "a machine", tmp_path / "x.profile.csv"
+    )
     (found, short), note = profile_decode.read(tmp_path / "x.profile.csv")
     assert note == "a machine" and short.parts[0].alone_us is None
     assert profile_decode.table(found) == profile_decode.table(profile)
