@@ -256,10 +256,10 @@ def measure(
 COLUMNS = "call,section,op,calls,us,saved_us,alone_us,floor_us".split(",")
 LAUNCH = "launch, inputs"
 LEGEND = (
-    "us of a token: what the call takes longer when the op joins those before it in the graph; of a",
-    "prompt: by timestamps, about a microsecond each. Saved: what the call takes less without the",
-    "op. Alone: a call of nothing but it. Floors are bytes over 4.3 TB/s, or operations at the rate",
-    "of a large product by cuBLAS.",
+    "us of a token: what the call takes longer when the op joins those before it in the graph;",
+    "of a prompt: by timestamps, about a microsecond each. Saved: what the call takes less without",
+    "the op. Alone: a call of nothing but it. Floors are bytes over 4.3 TB/s, or operations at the",
+    "rate of a large product by cuBLAS.",
 )
 
 
