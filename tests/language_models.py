@@ -347,6 +347,28 @@ def export_rows(path: Path, n_rows: int, max_seq_len: int = 16, **options: Any) 
     return path
 
 
+def export_delegated(
+    path: Path, model: nn.Module | None = None, n_rows: int = 0, **methods: Any
+) -> Path:
+    """Write a HistoryModel, with ``n_rows`` a RowsHistoryModel, as a .pte of one delegate."""
+    import cuda_int4
+
+    inputs, shapes = example(16)
+    if n_rows > 0:
+        model = RowsHistoryModel(n_rows)
+        free = {0: torch.export.Dim("B", max=n_rows), 1: torch.export.Dim("S", max=16)}
+        inputs = torch.arange(6).reshape(2, 3), torch.arange(3).expand(2, 3).contiguous()
+        shapes = (free, free)
+    cuda_int4.export(
+        model or HistoryModel(),
+        inputs,
+        str(path),
+        dynamic_shapes=shapes,
+        constant_methods=constant_methods(64, **methods),
+    )
+    return path
+
+
 def export_toy_llama(path: Path, context: int = 64, **methods: Any) -> Path:
     """Write ``toy_llama(context)`` as a .pte with one delegate."""
     import cuda_int4

@@ -17,7 +17,7 @@ import cuda_int4
 from conversations import Conversation, generate
 from cuda_int4 import _native
 from cuda_int4.generation import STOP_REASONS
-from language_models import HistoryModel, export_plain, export_rows, greedy
+from language_models import HistoryModel, export_delegated, export_plain, export_rows, greedy
 
 N_ROWS = 4
 CONTEXT = 64
@@ -33,14 +33,25 @@ def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("several")
 
 
-@pytest.fixture(scope="module")
-def rows(folder) -> Any:
-    return cuda_int4.load(export_rows(folder / "rows.pte", N_ROWS))
+def load_with_steps(path: Path) -> Any:
+    """On the CPU, and yet decoded in the steps that a GPU takes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_INT4_DEVICE_LOOP", "cpu")
+        return cuda_int4.load(path, device="cpu")
 
 
-@pytest.fixture(scope="module")
-def alone(folder) -> Any:
-    return cuda_int4.load(export_plain(HistoryModel(), folder / "alone.pte"))
+@pytest.fixture(scope="module", params=["host", "steps"])
+def rows(request, folder) -> Any:
+    if request.param == "host":
+        return cuda_int4.load(export_rows(folder / "rows.pte", N_ROWS))
+    return load_with_steps(export_delegated(folder / "rows_steps.pte", n_rows=N_ROWS))
+
+
+@pytest.fixture(scope="module", params=["host", "steps"])
+def alone(request, folder) -> Any:
+    if request.param == "host":
+        return cuda_int4.load(export_plain(HistoryModel(), folder / "alone.pte"))
+    return load_with_steps(export_delegated(folder / "alone_steps.pte"))
 
 
 def test_the_model_says_how_many_it_takes(rows, alone):
@@ -184,9 +195,56 @@ def test_logits_of_one_that_no_token_can_be_chosen_from_are_an_error(folder):
             self.table[:, 3] = math.nan
             self.table[:128, 3] = 0.0
 
-    model = cuda_int4.load(export_plain(Breaks(), folder / "breaks.pte"))
-    with pytest.raises(_native.CudaInt4Error, match="gave NaN as the logit of token 3 at position"):
-        generate(model, [Conversation([i], {"max_new_tokens": 40}) for i in range(8)])
+    path = export_delegated(folder / "breaks.pte", Breaks())
+    outcomes = []
+    for model in (cuda_int4.load(path, device="cpu"), load_with_steps(path)):
+        several = [Conversation([i], {"max_new_tokens": 40}) for i in range(8)]
+        reason = "gave NaN as the logit of token 3 at position"
+        with pytest.raises(_native.CudaInt4Error, match=reason) as caught:
+            generate(model, several)
+        outcomes.append((str(caught.value), [one.tokens for one in several]))
+    assert outcomes[0] == outcomes[1]
+
+
+def test_an_error_of_a_step_comes_behind_the_tokens_ahead_of_it(folder):
+    path = export_delegated(folder / "longer.pte", get_max_context_len=80)  # its cache holds 64
+    for model in (cuda_int4.load(path, device="cpu"), load_with_steps(path)):
+        for _turn in range(2):
+            one = Conversation([9], {"max_new_tokens": 0})
+            with pytest.raises(_native.CudaInt4Error, match="index_put_ refused"):
+                generate(model, [one])
+            assert one.tokens == expected([9], 64)
+
+
+class Counts(HistoryModel):
+    """Its state is how often it was called, too: a step too many would change the tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, tokens: torch.Tensor, input_pos: torch.Tensor) -> torch.Tensor:
+        self.calls.add_(1)
+        return super().forward(tokens, input_pos) * torch.cos(self.calls)
+
+
+@pytest.mark.parametrize("ends_after", [1, 2, 3, 10])
+def test_steps_that_are_not_wanted_change_nothing(folder, ends_after):
+    counts, history = folder / "counts.pte", folder / "wanted.pte"
+    if not counts.exists():
+        export_delegated(counts, Counts())
+        export_delegated(history)
+    for path in (counts, history):
+        outcomes = []
+        for model in (cuda_int4.load(path, device="cpu"), load_with_steps(path)):
+            first = Conversation([7, 8], {"max_new_tokens": 30}, ends_after=ends_after)
+            generate(model, [first])
+            rest = Conversation(first.tokens[-1:], start_pos=1 + ends_after)
+            generate(model, [rest])
+            outcomes.append(first.tokens + rest.tokens)
+        assert outcomes[0] == outcomes[1]
+        if path == history:
+            assert outcomes[0] == expected([7, 8], ends_after + 12)
 
 
 def test_times_add_up(rows):

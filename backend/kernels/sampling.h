@@ -87,6 +87,9 @@ CUDA_INT4_ON_BOTH uint64_t random_bits(uint64_t seed, uint64_t sequence, uint64_
 enum class SampleStatus : uint32_t { kSampled = 0, kNan = 1, kInfinity = 2, kNoToken = 3 };
 constexpr int kStepBits = 24;
 
+CUDA_INT4_ON_BOTH uint64_t sample_word(uint32_t token, SampleStatus status, uint64_t step) {
+  return token | (static_cast<uint64_t>(status) << 32) | (step << 40);
+}
 inline uint32_t sampled_token(uint64_t word) { return static_cast<uint32_t>(word); }
 inline SampleStatus sample_status(uint64_t word) {
   return static_cast<SampleStatus>((word >> 32) & 0xff);

@@ -519,15 +519,22 @@ Error Decoder::Group::decode(DecodeSteps& steps) {
       ~Ending() { steps.end_steps(); }
     } const ending{steps};
     Error error = steps.begin_steps(rows.data(), n, decoder_.info_.vocab_size);
+    Error failed = Error::Ok;  // of a step that was not queued: those ahead of it come first
     int64_t n_queued = 0;
     while (error == Error::Ok) {
       int64_t n_wanted = 0;
       for (const Sequence& sequence : sequences_)
         if (sequence.is_active) n_wanted = std::max(n_wanted, n_steps_left(sequence));
       if (n_rows() < n) n_wanted = 0;  // what is queued, then with fewer rows
-      for (; error == Error::Ok && n_queued < std::min(kAhead, n_wanted); ++n_queued)
-        error = steps.queue_step();
-      if (error != Error::Ok || n_queued == 0 || n_rows() == 0) break;
+      while (failed == Error::Ok && n_queued < std::min(kAhead, n_wanted)) {
+        failed = steps.queue_step();
+        n_queued += failed == Error::Ok;
+      }
+      if (n_rows() == 0) break;
+      if (n_queued == 0) {
+        error = failed;
+        break;
+      }
       error = steps.take_step(taken.data());
       --n_queued;
       for (size_t i = 0; error == Error::Ok && i < n; ++i) {

@@ -77,6 +77,8 @@ class CudaInt4Backend final : public executorch::runtime::BackendInterface {
       if (graph.ok()) options.cuda_graph = options.cuda_graph && graph.get();
       const auto loop = context.get_runtime_spec<bool>("device_loop");
       options.device_loop = !is_off_by_environment("CUDA_INT4_DEVICE_LOOP");
+      const char* where = std::getenv("CUDA_INT4_DEVICE_LOOP");
+      options.cpu_loop = where != nullptr && std::strcmp(where, "cpu") == 0;
       if (loop.ok()) options.device_loop = options.device_loop && loop.get();
       const auto stream = context.get_runtime_spec<const char*>("cuda_stream");
       if (stream.ok()) {

@@ -97,6 +97,7 @@ Error DelegateMethod::open(const void* blob, uint64_t blob_nbytes, const NamedDa
   if (error != Error::Ok) return error;
   self->cuda_graph_ = options.cuda_graph;
   self->device_loop_ = options.device_loop;
+  self->cpu_loop_ = options.cpu_loop;
   // The device is not touched before everything that the file alone decides has been checked.
   self->constants_ = std::make_unique<Constants>(self->blob_.constants, *self->device_);
   error = self->constants_->locate(store);

@@ -30,6 +30,7 @@
 #include "device.h"
 #include "device_use.h"
 #include "profile.h"
+#include "sampler.h"
 #include "settled_shapes.h"
 #include "shared_activation.h"
 #include "temp_arena.h"
@@ -43,6 +44,7 @@ class DelegateMethod final : public DecodeSteps {
     bool verify_constants = true;
     bool cuda_graph = true;   // replay the calls of a shape that has been seen before
     bool device_loop = true;  // can_step() where it can be
+    bool cpu_loop = false;    // on the CPU, too: the same steps, for tests of them
     // On CUDA: the caller's cudaStream_t; else a stream of the method's own.
     bool on_callers_stream = false;
     void* stream = nullptr;
@@ -75,7 +77,7 @@ class DelegateMethod final : public DecodeSteps {
   const Profile& profile() const { return profile_; }
   executorch::runtime::Error reset();
 
-  /// Whether it can be the DecodeSteps: on a GPU, its inputs tokens [B, S] and input_pos [S] or [B, S],
+  /// Whether it can be the DecodeSteps: on a GPU (or with cpu_loop), its inputs tokens [B, S] and input_pos [S] or [B, S],
   /// its first output logits, and all its state caches that are written at given positions: a step
   /// more than wanted would change any other.
   bool can_step();
@@ -127,6 +129,7 @@ class DelegateMethod final : public DecodeSteps {
     int64_t vocab_size = 0;
     bool is_greedy = true;
     uint64_t n_queued = 0, n_taken = 0;
+    std::vector<Sampler> samplers;  // of each row, on the CPU
   };
   using Args = executorch::runtime::Span<executorch::runtime::EValue*>;
 
@@ -172,6 +175,7 @@ class DelegateMethod final : public DecodeSteps {
   executorch::runtime::Error place_steps(size_t n_rows);
   StepState step_state(void* memory) const;
   executorch::runtime::Error run_step();
+  executorch::runtime::Error bind_step();
   executorch::runtime::Error sample_step(const SettledOutput& logits);
   executorch::runtime::Error wait_for_word(const uint64_t* word, uint64_t step);
 
@@ -203,7 +207,7 @@ class DelegateMethod final : public DecodeSteps {
   // On a device that does not read host memory:
   std::unique_ptr<SharedActivation> shared_activation_;
   Staged fault_memory_;  // host: a DeviceFault
-  bool cuda_graph_ = true, device_loop_ = true;
+  bool cuda_graph_ = true, device_loop_ = true, cpu_loop_ = false;
   bool writes_by_position_ = false;
   std::vector<int64_t> key_;  // of the call in progress
   std::vector<SettledOutput> results_;

@@ -36,15 +36,17 @@ uint64_t read_word(const uint64_t* word) { return __atomic_load_n(word, __ATOMIC
 }  // namespace
 
 bool DelegateMethod::can_step() {
-  return device_loop_ && !device_->reads_host_memory() && cuda_kernels() != nullptr &&
-         writes_by_position_ && method_->inputs_size() == 2 && method_->outputs_size() > 0 &&
-         is_int64(method_->get_input(0), 2, 2) && is_int64(method_->get_input(1), 1, 2) &&
-         outputs_[0].is_tensor;
+  const bool has_sampler = device_->reads_host_memory() ? cpu_loop_ : cuda_kernels() != nullptr;
+  return device_loop_ && has_sampler && writes_by_position_ && method_->inputs_size() == 2 &&
+         method_->outputs_size() > 0 && is_int64(method_->get_input(0), 2, 2) &&
+         is_int64(method_->get_input(1), 1, 2) && outputs_[0].is_tensor;
 }
 
 Error DelegateMethod::begin_steps(const DecodeRow* rows, size_t n_rows, int64_t vocab_size) {
   const DeviceScope scope(*device_);
-  if (n_rows == 0 || n_rows * sizeof(int64_t) > std::min(inputs_[0].nbytes, inputs_[1].nbytes))
+  const auto info = method_->method_meta().input_tensor_meta(0);
+  if (!info.ok()) return info.error();
+  if (n_rows == 0 || n_rows > size_t(info->sizes()[0]))
     return fail(Error::InvalidArgument, "decode: expected as many rows as the model takes, got %zu",
                 n_rows);
   Error error = place_steps(n_rows);
@@ -61,7 +63,12 @@ Error DelegateMethod::begin_steps(const DecodeRow* rows, size_t n_rows, int64_t 
     steps_.is_greedy = steps_.is_greedy && rows[i].rule.scale == 0;
   }
   std::memset(steps_.words.host, 0, steps_.words.host_nbytes);  // steps are numbered from 1
-  *fault() = {};
+  steps_.samplers.clear();
+  if (device_->reads_host_memory()) {
+    for (size_t i = 0; i < n_rows; ++i) steps_.samplers.emplace_back(rows[i].rule);
+  } else {
+    *fault() = {};
+  }
   error = device_->upload_async(steps_.state.device, steps_.state.host, StepState::nbytes(n_rows));
   if (error != Error::Ok) return error;
   // The key of a call with inputs of these sizes: its graph is another, its outputs are the same.
@@ -112,10 +119,27 @@ Error DelegateMethod::run_step() {
       return fail_unless_explained(
           error, "decode: expected a model that takes one token of each of %d rows", int(n_rows));
   }
-  const Error error = run();
+  Error error = bind_step();
+  if (error == Error::Ok) error = run();
   if (error != Error::Ok) return error;
   note_outputs(&results_);
   return sample_step(results_[0]);
+}
+
+/// Memory for the outputs where a call writes to the caller's.
+Error DelegateMethod::bind_step() {
+  if (!device_->reads_host_memory()) return Error::Ok;
+  for (size_t i = 0; i < outputs_.size(); ++i) {
+    Output& output = outputs_[i];
+    if (!output.is_tensor || !output.bindable) continue;
+    Error error = Error::Ok;
+    if (output.staged.device == nullptr)
+      error = stage("output", i, output.max_nbytes, &output.staged);
+    if (error == Error::Ok)
+      error = method_->set_output_data_ptr(output.staged.device, output.max_nbytes, i);
+    if (error != Error::Ok) return error;
+  }
+  return Error::Ok;
 }
 
 Error DelegateMethod::sample_step(const SettledOutput& logits) {
@@ -140,6 +164,10 @@ Error DelegateMethod::sample_step(const SettledOutput& logits) {
   args.positions = state.positions;
   args.words = static_cast<uint64_t*>(steps_.words.host);
   args.n_slots = kSlots;
+  if (device_->reads_host_memory()) {
+    sample_rows(args, &steps_.samplers);
+    return Error::Ok;
+  }
   ExecutionContext context{};
   context.device = device_->kind();
   context.stream = device_->stream();
@@ -151,7 +179,8 @@ Error DelegateMethod::queue_step() {
     return fail(Error::InvalidState, "decode: expected at most %d steps in the queue",
                 int(kMaxQueued));
   const DeviceScope scope(*device_);
-  SettledShape* shape = cuda_graph_ ? shapes_.find(steps_.key) : nullptr;
+  const bool settles = cuda_graph_ && !device_->reads_host_memory();
+  SettledShape* shape = settles ? shapes_.find(steps_.key) : nullptr;
   SettledGraph* step = nullptr;
   if (shape != nullptr) {
     step = &shape->steps[steps_.is_greedy];
@@ -168,7 +197,7 @@ Error DelegateMethod::queue_step() {
   } else {
     error = run_step();
     ++eager_runs_;
-    if (error == Error::Ok && cuda_graph_ && shape == nullptr)
+    if (error == Error::Ok && settles && shape == nullptr)
       shapes_.add(steps_.key).outputs = results_;
   }
   if (error == Error::Ok) ++steps_.n_queued;
@@ -187,7 +216,7 @@ Error DelegateMethod::take_step(DecodedToken* tokens) {
     const uint64_t word = read_word(words + i);
     tokens[i] = {int64_t(sampled_token(word)), sample_status(word)};
   }
-  return fault_error();
+  return device_->reads_host_memory() ? Error::Ok : fault_error();
 }
 
 /// The kernel writes it over the bus: watched in a loop, as cudaStreamSynchronize watches, too.

@@ -157,25 +157,56 @@ Status Sampler::sample(const TensorView& logits, int64_t position, int64_t* toke
   int64_t n = 0;
   const Status status = check_logits(logits, &n);
   if (!status.ok()) return status;
+  int64_t chosen = 0;
+  const SampleStatus sampled = choose(logits, position, &chosen);
+  if (sampled != SampleStatus::kSampled) return sample_error(sampled, chosen, position);
+  *token = chosen;
+  return {};
+}
+
+SampleStatus Sampler::choose(const TensorView& logits, int64_t position, int64_t* token) {
+  int64_t n = 1;
+  for (int i = 0; i < logits.ndim; ++i) n *= logits.sizes[i];
   if (rule_.scale == 0) {
-    const int64_t likeliest = greatest(logits, n);
-    if (likeliest >= 0) {
-      *token = likeliest;
-      return {};
-    }
+    *token = greatest(logits, n);
+    if (*token >= 0) return SampleStatus::kSampled;
   }
-  copy_as_float(logits, n, &logits_);  // to draw from, or to say what is wrong with them
+  copy_as_float(logits, n, &logits_);  // to draw from, or to find what is wrong with them
   greatest_ = logits_[0];
   for (size_t i = 0; i < logits_.size(); ++i) {
-    if (std::isnan(logits_[i])) return sample_error(SampleStatus::kNan, int64_t(i), position);
-    if (logits_[i] == std::numeric_limits<float>::infinity()) {
-      return sample_error(SampleStatus::kInfinity, int64_t(i), position);
-    }
+    *token = static_cast<int64_t>(i);
+    if (std::isnan(logits_[i])) return SampleStatus::kNan;
+    if (logits_[i] == std::numeric_limits<float>::infinity()) return SampleStatus::kInfinity;
     greatest_ = std::max(greatest_, logits_[i]);
   }
-  if (std::isinf(greatest_)) return sample_error(SampleStatus::kNoToken, 0, position);
+  *token = 0;
+  if (std::isinf(greatest_)) return SampleStatus::kNoToken;
   *token = draw(position);
-  return {};
+  return SampleStatus::kSampled;
+}
+
+void sample_rows(const SampleArgs& args, std::vector<Sampler>* samplers) {
+  const bool is_float32 = static_cast<DType>(args.dtype) == DType::kFloat32;
+  for (int64_t row = 0; row < args.n_rows; ++row) {
+    TensorView logits = {};
+    logits.data = static_cast<char*>(const_cast<void*>(args.logits)) +
+                  row * args.row_stride * (is_float32 ? 4 : 2);
+    logits.dtype = static_cast<DType>(args.dtype);
+    logits.ndim = 1;
+    logits.sizes[0] = args.vocab_size;
+    logits.strides[0] = 1;
+    SampleRow& state = args.rows[row];
+    const int64_t next = args.positions[row] + 1;
+    int64_t token = 0;
+    const SampleStatus status = (*samplers)[static_cast<size_t>(row)].choose(logits, next, &token);
+    if (status == SampleStatus::kSampled && next < state.end_position) {
+      args.tokens[row] = token;
+      args.positions[row] = next;
+    }
+    const uint64_t slot = state.step++ % static_cast<uint64_t>(args.n_slots);
+    args.words[slot * static_cast<uint64_t>(args.n_rows) + static_cast<uint64_t>(row)] =
+        sample_word(static_cast<uint32_t>(token), status, state.step);
+  }
 }
 
 template <typename Measure>

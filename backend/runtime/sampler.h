@@ -33,16 +33,24 @@ SampleRule sample_rule(const SamplerConfig& config);
 // What is wrong with logits at `position` that gave `status`, not kSampled, at `token`.
 Status sample_error(SampleStatus status, int64_t token, int64_t position);
 
+class Sampler;
+// What the kernel of a decode loop on the device does, on the CPU; samplers: one for each row.
+void sample_rows(const SampleArgs& args, std::vector<Sampler>* samplers);
+
 class CUDA_INT4_EXPORT Sampler {
  public:
   // `config` has passed validate_sampler_config.
   explicit Sampler(const SamplerConfig& config) : rule_(sample_rule(config)) {}
+  explicit Sampler(const SampleRule& rule) : rule_(rule) {}
 
   // logits: contiguous float16 | bfloat16 | float32, at least one value; -inf excludes a token.
   // position: the token's place in the conversation, the counter of the random number generator.
   // An error, and *token untouched: a NaN or +inf, all of them -inf, another dtype.
   // Allocates on the first call for a vocabulary size, never again.
   Status sample(const TensorView& logits, int64_t position, int64_t* token);
+  // The same of logits that have passed its checks of them as a tensor. For another status than
+  // kSampled *token is the first that is wrong.
+  SampleStatus choose(const TensorView& logits, int64_t position, int64_t* token);
 
  private:
   // The least likely token that is kept.

@@ -277,22 +277,7 @@ def history_file(
 ) -> Path:
     """A HistoryModel, of ``n_rows`` if that is not 0, in one delegate."""
     path = folder / f"{name}.pte"
-    if path.exists():
-        return path
-    inputs, shapes = models.example(16)
-    if n_rows > 0:
-        model = models.RowsHistoryModel(n_rows)
-        free = {0: torch.export.Dim("B", max=n_rows), 1: torch.export.Dim("S", max=16)}
-        inputs = torch.arange(6).reshape(2, 3), torch.arange(3).expand(2, 3).contiguous()
-        shapes = (free, free)
-    cuda_int4.export(
-        model or models.HistoryModel(),
-        inputs,
-        str(path),
-        dynamic_shapes=shapes,
-        constant_methods=models.constant_methods(64, **methods),
-    )
-    return path
+    return path if path.exists() else models.export_delegated(path, model, n_rows, **methods)
 
 
 def gpu(path: Path, **options: Any) -> cuda_int4.model.Model:

@@ -174,7 +174,7 @@ __device__ void finish(const SampleArgs& p, int row, uint32_t token, SampleStatu
     p.positions[row] = next;
   }
   state.step = step + 1;
-  const uint64_t word = token | (static_cast<uint64_t>(status) << 32) | ((step + 1) << 40);
+  const uint64_t word = sample_word(token, status, step + 1);
   // One store: the host sees all of it or nothing.
   *reinterpret_cast<volatile uint64_t*>(p.words + step % p.n_slots * p.n_rows + row) = word;
 }
