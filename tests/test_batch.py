@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import signal
@@ -355,4 +356,25 @@ def test_the_byte_llama_goes_on_with_several_texts(tmp_path):
             assert decode_info(model).max_sequences == n
             batch = generate_text_batch(model, ByteTokenizer(), texts, max_new_tokens=48)
         found.append([g.text for g in batch.generations])
+    assert found[0] == found[1]
+
+
+def test_executorchs_llama_takes_several_sequences(tmp_path):
+    where = ROOT / "export_examples" / "llama" / "export.py"
+    spec = importlib.util.spec_from_file_location("llama_export", where)
+    llama = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(llama)
+    model, path = llama.build(
+        tmp_path / "llama.pte", n_layers=1, dim=128, max_context=32, max_sequences=3
+    )
+    worst, size = llama.greatest_difference(model, path, n_tokens=12)
+    assert worst <= 1e-4 * size
+    report = cuda_int4.inspect(path)
+    assert report["constant_methods"]["get_max_batch"] == 3 and not report["outside"]
+    alone = llama.build(tmp_path / "alone.pte", n_layers=1, dim=128, max_context=32)[1]
+    prompts, found = [[5, 6, 7, 8, 9], [3], [1, 2], [400]], []
+    for file in (path, alone):
+        with cuda_int4.load(file) as loaded:
+            batch = generate_token_batch(loaded, prompts, max_new_tokens=8)
+        found.append([one.tokens for one in batch.generations])
     assert found[0] == found[1]
