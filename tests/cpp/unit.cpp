@@ -423,12 +423,12 @@ void test_settled_shapes_drop_the_oldest() {
   SettledShapes shapes;
   const auto key = [](int64_t i) { return std::vector<int64_t>{1, i}; };
   const auto n = int64_t(SettledShapes::kMaxShapes);
-  for (int64_t i = 0; i < n; ++i) shapes.add(key(i)).generation = size_t(i);
+  for (int64_t i = 0; i < n; ++i) shapes.add(key(i)).call.generation = size_t(i);
   CHECK(shapes.find(key(0)) != nullptr);  // used again: 1 is the oldest now
   CHECK(shapes.find({1}) == nullptr && shapes.find({1, 0, 0}) == nullptr);
   shapes.add(key(n));
   CHECK(shapes.find(key(1)) == nullptr);
-  for (int64_t i = 2; i < n; ++i) CHECK(shapes.find(key(i))->generation == size_t(i));
+  for (int64_t i = 2; i < n; ++i) CHECK(shapes.find(key(i))->call.generation == size_t(i));
   CHECK(shapes.find(key(0)) != nullptr && shapes.find(key(n)) != nullptr);
 }
 
