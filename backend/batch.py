@@ -85,7 +85,8 @@ class BatchGeneration:
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as plain values: what ``cuda-int4 run --prompts --json`` prints."""
-        return {"prompts": [g.as_dict() for g in self.generations], **asdict(self.stats)}
+        each = [generation.as_dict() for generation in self.generations]
+        return {"sequences": each, "total": asdict(self.stats)}
 
 
 class BatchInterrupted(KeyboardInterrupt):
@@ -110,6 +111,7 @@ def generate_token_batch(
     top_p: float = 1.0,
     min_p: float = 0.0,
     seed: int = 0,
+    sequence: int = 0,
     stop_tokens: Sequence[int] = (),
     prefill_chunk: int | None = None,
     on_token: Callable[[int, int], Any] | None = None,
@@ -126,6 +128,7 @@ def generate_token_batch(
         top_p: then from the fewest likeliest that hold this probability; 1 is off.
         min_p: then from those at least this times as likely as the likeliest; 0 is off.
         seed: the same seed gives the same tokens, on any machine.
+        sequence: the number of the first prompt's draws; those of the others count on from there.
         stop_tokens: ids that end a generation, besides the model's ``get_eos_ids``.
         prefill_chunk: tokens of each prompt per forward; None is as many as the model takes.
         on_token: called with a prompt's index and each token as it is chosen; what it raises ends
@@ -139,7 +142,7 @@ def generate_token_batch(
             NaN.
         BatchInterrupted: Ctrl-C; it carries the tokens up to then.
     """
-    _check_ints(0, max_new_tokens, prefill_chunk, top_k, seed)
+    _check_ints(0, max_new_tokens, prefill_chunk, top_k, seed, sequence)
     info = decode_info(model)
     arrays = [_int64_array("prompts", prompt) for prompt in prompts]
     _check_prompts(arrays, info)
@@ -183,7 +186,7 @@ def generate_token_batch(
             top_p=top_p,
             min_p=min_p,
             seed=seed,
-            sequence=index,
+            sequence=(sequence + index) % 2**64,
             stop_tokens=(ctypes.c_int64 * len(stops)).from_buffer(stops),
             n_stop_tokens=len(stops),
             on_prefill=on_prefill,

@@ -146,6 +146,7 @@ def generate_tokens(
     top_p: float = 1.0,
     min_p: float = 0.0,
     seed: int = 0,
+    sequence: int = 0,
     stop_tokens: Sequence[int] = (),
     prefill_chunk: int | None = None,
     on_token: Callable[[int], Any] | None = None,
@@ -165,6 +166,7 @@ def generate_tokens(
         top_p: then from the fewest likeliest that hold this probability; 1 is off.
         min_p: then from those at least this times as likely as the likeliest; 0 is off.
         seed: the same seed gives the same tokens, on any machine.
+        sequence: draws of one seed are independent from one number to another.
         stop_tokens: ids that end the generation, besides the model's ``get_eos_ids``.
         prefill_chunk: prompt tokens per forward; None is as many as the model takes.
         on_token: called with each token as it is chosen; what it raises ends the generation and is
@@ -177,7 +179,7 @@ def generate_tokens(
             top_p or min_p is out of its range, the model failed or gave NaN; the text says which.
         GenerationInterrupted: Ctrl-C; it carries the tokens up to then.
     """
-    _check_ints(start_pos, max_new_tokens, prefill_chunk, top_k, seed)
+    _check_ints(start_pos, max_new_tokens, prefill_chunk, top_k, seed, sequence)
     tokens: list[int] = []
     interrupts = _Interrupts()
     raised: list[BaseException] = []  # a C callback cannot raise: keep it until the call is over
@@ -206,6 +208,7 @@ def generate_tokens(
         top_p=top_p,
         min_p=min_p,
         seed=seed,
+        sequence=sequence,
         stop_tokens=(ctypes.c_int64 * len(stops)).from_buffer(stops),
         n_stop_tokens=len(stops),
         on_prefill=_native.PrefillCallback(guard(on_prefill or (lambda n_read: None))),
@@ -239,7 +242,12 @@ def _int64_array(name: str, values: Sequence[int]) -> array:
 
 
 def _check_ints(
-    start_pos: int, max_new_tokens: int | None, prefill_chunk: int | None, top_k: int, seed: int
+    start_pos: int,
+    max_new_tokens: int | None,
+    prefill_chunk: int | None,
+    top_k: int,
+    seed: int,
+    sequence: int,
 ) -> None:
     """Refuse what does not fit the C struct, which would wrap around without a word.
 
@@ -252,6 +260,7 @@ def _check_ints(
         "prefill_chunk": (1 if prefill_chunk is None else prefill_chunk, 1, 2**63),
         "top_k": (top_k, 0, 2**63),
         "seed": (seed, 0, 2**64),
+        "sequence": (sequence, 0, 2**64),
     }
     for name, (value, low, end) in ranges.items():
         if not low <= value < end:

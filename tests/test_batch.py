@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -247,8 +248,44 @@ def test_run_prints_ids_and_json(path, tmp_path, capsys, monkeypatch):
     options = ["--prompts", str(file), "--max-new", "5", "--no-bos", "--json"]
     assert cli.main(["run", str(path), *options]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert [prompt["tokens"] for prompt in report["prompts"]] == tokens
-    assert report["n_prompts"] == 3 and report["new_tokens"] == 15
+    assert [one["tokens"] for one in report["sequences"]] == tokens
+    assert report["total"]["n_prompts"] == 3 and report["total"]["new_tokens"] == 15
+
+
+def test_run_chooses_what_the_cpp_program_chooses(path, tmp_path, capsys):
+    program = _native.package_dir() / "bin" / "cuda-int4-decode"
+    texts, lists = tmp_path / "texts.txt", tmp_path / "lists.txt"
+    texts.write_text("\n".join([*TEXTS, "a" * 30, "y = 1"]))
+    lists.write_text("".join(f"{','.join(map(str, prompt))}\n" for prompt in PROMPTS))
+    for options in (
+        ["--prompts", str(texts), "--temperature", "0.9", "--top-p", "0.8", "--seed", "5"],
+        ["--token-lists", str(lists), "--temperature", "2", "--min-p", "0.1", "--sequence", "3"],
+        ["--token-lists", str(lists), "--max-new", "7", "--prefill-chunk", "3"],
+    ):
+        options = [*options, "--json"]
+        done = subprocess.run([program, path, *options], capture_output=True, check=True)
+        assert cli.main(["run", str(path), *options]) == 0
+        ours, theirs = json.loads(capsys.readouterr().out), json.loads(done.stdout)
+        for a, b in zip(ours["sequences"], theirs["sequences"], strict=True):
+            assert a["tokens"] == b["tokens"] and a.get("text") == b.get("text")
+            assert a["stop_reason"] == b["stop_reason"] and a.keys() >= b.keys()
+        counts = ("prompt_tokens", "new_tokens")
+        assert [ours["total"][name] for name in counts] == [
+            theirs["total"][name] for name in counts
+        ]
+
+
+def test_run_of_token_lists_gives_ids(path, tmp_path, capsys):
+    file = tmp_path / "lists.txt"
+    file.write_text("5,6,7\n9\n")
+    assert cli.main(["run", str(path), "--token-lists", str(file), "--max-new", "4"]) == 0
+    wanted = [" ".join(map(str, expected(prompt, 4))) for prompt in ([5, 6, 7], [9])]
+    assert (
+        capsys.readouterr().out == f"==> 1: 5,6,7 <==\n{wanted[0]}\n\n==> 2: 9 <==\n{wanted[1]}\n"
+    )
+    file.write_text("5,6,7\n9,x\n")
+    assert cli.main(["run", str(path), "--token-lists", str(file)]) == 1
+    assert "lists.txt:2: expected an integer >= 0, got 'x'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -353,7 +353,7 @@ def test_run_with_a_tokenizer_file(history_path, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ([], "one of the arguments --prompt --prompt-file --tokens is required"),
+        ([], "one of the arguments --prompt --prompt-file --tokens --prompts --token-lists is"),
         (["--prompt", "a", "--tokens", "1"], "not allowed with"),
         (["--tokens", "1,x"], "expected an integer >= 0, got 'x'"),
         (["--prompt", "a", "--top-p", "0"], "expected 0 < P <= 1, got '0'"),

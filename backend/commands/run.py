@@ -15,7 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from .. import _native
-from ..batch import BatchGeneration, BatchInterrupted, generate_text_batch
+from ..batch import (
+    BatchGeneration,
+    BatchInterrupted,
+    generate_text_batch,
+    generate_token_batch,
+)
 from ..generation import Generation, GenerationInterrupted, decode_info, generate_text
 from ..text_stream import ByteTokenizer, Tokenizer, load_tokenizer
 
@@ -77,6 +82,9 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompts",
         metavar="FILE",
         help='one prompt a line ("-": stdin), as many at once as the model was exported for',
+    )
+    prompt.add_argument(
+        "--token-lists", metavar="FILE", help="the same of ids, a line such as 1,15043 for each"
     )
     text = parser.add_argument_group("text")
     text.add_argument(
@@ -150,6 +158,14 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="the same seed gives the same tokens, on any machine (default: 0)",
     )
+    choice.add_argument(
+        "--sequence",
+        metavar="N",
+        type=_integer(0),
+        default=0,
+        help="draws of one seed are independent from one number to another (default: 0); of "
+        "several prompts the first has this number, the next one the next",
+    )
 
     machine = parser.add_argument_group("model and machine")
     machine.add_argument("--data", metavar="FILE.ptd", help="weights exported into a file apart")
@@ -162,6 +178,9 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     machine.add_argument(
         "--no-cuda-graph", action="store_true", help="on a GPU, launch kernel by kernel always"
+    )
+    machine.add_argument(
+        "--no-device-loop", action="store_true", help="on a GPU, choose each token on the host"
     )
     machine.add_argument(
         "--no-verify",
@@ -195,6 +214,7 @@ def run_command(args: argparse.Namespace) -> int:
         device=args.device,
         verify=not args.no_verify,
         cuda_graph=not args.no_cuda_graph,
+        device_loop=not args.no_device_loop,
     )
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character
@@ -205,10 +225,11 @@ def run_command(args: argparse.Namespace) -> int:
         "top_p": args.top_p,
         "min_p": args.min_p,
         "seed": args.seed,
+        "sequence": args.sequence,
         "stop_tokens": args.stop_token,
         "prefill_chunk": args.prefill_chunk,
     }
-    if args.prompts is not None:
+    if args.prompts is not None or args.token_lists is not None:
         return _run_prompts(args, model, tokenizer, options)
     as_ids = args.tokens is not None or args.print_tokens
     n_shown = 0
@@ -243,19 +264,9 @@ def _run_prompts(
     args: argparse.Namespace, model: Any, tokenizer: Tokenizer, options: dict[str, Any]
 ) -> int:
     """Each prompt of the file with what continues it, in their order, as soon as it is whole."""
-    prompts = _read(args.prompts).split("\n")
-    if prompts[-1] == "":  # behind the last line's end
-        prompts.pop()
-    prompts = [prompt.removesuffix("\r") for prompt in prompts]
-    if not prompts:
-        raise ValueError(f"{args.prompts}: expected a prompt a line, got an empty file")
-    for number, prompt in enumerate(prompts, 1):
-        if not prompt:
-            raise ValueError(
-                f"{args.prompts}:{number}: expected a prompt, got an empty line; delete it"
-            )
-    if isinstance(tokenizer, ByteTokenizer):
-        _check_byte_vocab(args.model, model)
+    path = args.prompts if args.prompts is not None else args.token_lists
+    prompts = _lines(path)
+    as_ids = args.token_lists is not None or args.print_tokens
     ended: dict[int, str] = {}
     n_shown = 0
 
@@ -273,24 +284,58 @@ def _run_prompts(
     def end_ids(index: int, tokens: list[int]) -> None:
         end(index, " ".join(map(str, tokens)))
 
-    options.update({"on_end": end_ids} if args.print_tokens else {"on_text": end})
     interrupted = False
     try:
-        batch = generate_text_batch(model, tokenizer, prompts, bos=not args.no_bos, **options)
+        if args.token_lists is not None:
+            batch = generate_token_batch(model, _id_lists(path, prompts), on_end=end_ids, **options)
+        else:
+            if isinstance(tokenizer, ByteTokenizer):
+                _check_byte_vocab(args.model, model)
+            options.update({"on_end": end_ids} if as_ids else {"on_text": end})
+            batch = generate_text_batch(model, tokenizer, prompts, bos=not args.no_bos, **options)
     except BatchInterrupted as error:
         batch, interrupted = error.batch, True
         for index, generation in enumerate(batch.generations):
-            if index >= n_shown and generation.tokens:
-                if args.print_tokens:
-                    end_ids(index, generation.tokens)
-                else:
-                    end(index, generation.text or "")
+            if index < n_shown or not generation.tokens:
+                continue
+            if as_ids:
+                end_ids(index, generation.tokens)
+            else:
+                end(index, generation.text or "")
     finally:
         if not args.json:  # those that waited for one in front of them
             for index in sorted(ended):
                 show(index)
     _report(batch, as_json=args.json)
     return 130 if interrupted else 0
+
+
+def _lines(path: str) -> list[str]:
+    """The lines of a file of prompts.
+
+    Raises:
+        ValueError: there is none, or an empty one.
+    """
+    lines = _read(path).split("\n")
+    if lines[-1] == "":  # behind the last line's end
+        lines.pop()
+    if not lines:
+        raise ValueError(f"{path}: expected a prompt a line, got an empty file")
+    lines = [line.removesuffix("\r") for line in lines]
+    for number, line in enumerate(lines, 1):
+        if not line:
+            raise ValueError(f"{path}:{number}: expected a prompt, got an empty line; delete it")
+    return lines
+
+
+def _id_lists(path: str, lines: list[str]) -> list[list[int]]:
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(_token_list(line))
+        except argparse.ArgumentTypeError as error:
+            raise ValueError(f"{path}:{number}: {error}") from None
+    return found
 
 
 def _head(prompt: str, n: int = 60) -> str:
