@@ -6,8 +6,8 @@
 //   a, parameter (out)  y as int8, where it is asked for: ../quantized_activation.h
 //
 // Requires  nothing more   (checked by validate_gate_mul); N % 32 == 0 for the int8 form
-// Grid      one thread per 16 bytes of y, or per element where they do not fit; at most 2^30 blocks
-//           of 256, the rest in strides
+// Grid      one thread per 16 bytes of y, 8 where y is small, or per element where those do not fit;
+//           at most 2^30 blocks of 128, the rest in strides
 // Bytes     reads gate_up, writes y
 // Numerics  fp32, exp, erf and tanh to 2 ulp; f is rounded to the dtype, then the product: the bits
 //           of silu.cu and a multiplication. The int8 form is that of the rounded y, to the bit
@@ -22,7 +22,8 @@ namespace cuda_int4 {
 
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 128;
+constexpr int64_t kFewElems = int64_t{1} << 17;
 constexpr int64_t kMaxBlocks = int64_t{1} << 30;
 
 template <GateFunction kFunction>
@@ -82,6 +83,9 @@ cudaError_t choose(const GateMulKernelArgs& args, cudaStream_t stream) {
   constexpr int kVec = kElemsPer16Bytes<X>;
   const uintptr_t pointers =
       reinterpret_cast<uintptr_t>(args.gate_up) | reinterpret_cast<uintptr_t>(args.y);
+  // Few elements are bound by the time of one thread's exponentials.
+  if (sizeof(X) == 2 && args.numel <= kFewElems && pointers % 8 == 0 && args.N % 4 == 0)
+    return launch<X, kFunction, 4>(args, stream);
   return pointers % 16 == 0 && args.N % kVec == 0 ? launch<X, kFunction, kVec>(args, stream)
                                                   : launch<X, kFunction, 1>(args, stream);
 }

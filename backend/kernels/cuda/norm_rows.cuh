@@ -37,7 +37,8 @@ __device__ __forceinline__ Elems<X, kVec> added(const Elems<X, kVec>& a, const E
   Elems<X, kVec> sum;
 #pragma unroll
   for (int i = 0; i < kVec; ++i)
-    sum.values[i] = from_float<X>(as_float(a.values[i]) + as_float(b.values[i]));
+    // Of float32 too the product before it is rounded: no fma.
+    sum.values[i] = from_float<X>(__fadd_rn(as_float(a.values[i]), as_float(b.values[i])));
   return sum;
 }
 
@@ -197,8 +198,10 @@ cudaError_t launch(const NormRowsArgs& args, cudaStream_t stream) {
   const int64_t n_vectors = args.D / kVec;
   dim3 block(32, kWarpRows);
   if (n_vectors > kWarpRowVectors) {
-    const int64_t threads = (n_vectors + 32 * kHeld - 1) / (32 * kHeld) * 32;
-    block = dim3(static_cast<unsigned>(threads < kMaxThreads ? threads : kMaxThreads), 1);
+    // As many turns as it takes, of threads that have as much to do.
+    const int64_t turns = (n_vectors + kMaxThreads - 1) / kMaxThreads;
+    const int64_t threads = (n_vectors + 32 * turns - 1) / (32 * turns) * 32;
+    block = dim3(static_cast<unsigned>(threads), 1);
   }
   const int64_t n_tokens = args.quantized.a == nullptr ? args.n_rows : args.quantized.n_tokens;
   const int64_t blocks = (n_tokens + block.y - 1) / block.y;
