@@ -18,7 +18,7 @@ from .packing import SCALE_DTYPES, describe, pack_nibbles
 from .progress import progress
 from .solvers import hqq, min_max
 from .sparse24 import is_24
-from .tensors import CudaInt4Tensor, pack_int4
+from .tensors import CudaInt4Tensor, check_packs, pack_int4
 
 _SOLVERS = {"min_max": min_max, "hqq": hqq}
 _CHUNK_WEIGHTS = 1 << 20  # of one weight at a time in float32: some 40 MB beside the model
@@ -238,7 +238,8 @@ def prepare_(
             torch.bfloat16 makes Q4_K weights 5 bits each in place of 6.
 
     Raises:
-        ValueError: an int4 weight contradicts itself; the message names the layer.
+        ValueError: an int4 weight contradicts itself, or ``layout`` does not take it; the message
+            names the layer. No weight has been changed then.
         NotImplementedError: an int4 weight is of a kind, or in a place, that is not supported.
     """
     if activation not in ACTIVATIONS or scale_dtype not in (None, *SCALE_DTYPES):
@@ -251,14 +252,23 @@ def prepare_(
     for users in uses.values():
         for use in users:
             use.check()
-    with progress("reading int4 weights", len(uses)) as advance:
+
+    def read(use: Use) -> CanonicalInt4:
+        weight = use.get()
+        stated = convention if has_convention(weight) else None
+        canonical = read_int4(weight, stated, who=use.name)
+        if scale_dtype is None:
+            return canonical
+        return canonical.with_scale_dtype(scale_dtype, who=use.name)
+
+    # All are looked at before one is replaced. Keeping what was read would need their memory twice.
+    with progress("reading int4 weights", 2 * len(uses)) as advance:
+        for use, *_ in uses.values():
+            check_packs(read(use), layout, activation, who=use.name)
+            advance(1)
         for users in uses.values():
-            who, weight = users[0].name, users[0].get()
-            stated = convention if has_convention(weight) else None
-            canonical = read_int4(weight, stated, who=who)
-            if scale_dtype is not None:
-                canonical = canonical.with_scale_dtype(scale_dtype, who=who)
-            _replace(users, pack_int4(canonical, layout, activation, who=who))
+            packed = pack_int4(read(users[0]), layout, activation, who=users[0].name)
+            _replace(users, packed)
             advance(1)
     return model
 

@@ -21,7 +21,7 @@ from .layouts import COALESCED, WeightForm, choose_layout
 from .marlin import Marlin24Int4, MarlinInt4, check_marlin24_meta, check_marlin_parts
 from .marlin_layouts import MARLIN, MARLIN24
 from .packing import SYMMETRIC_ZERO_POINT, check_int4_parts, unpack_rows
-from .sparse24 import is_24
+from .sparse24 import check_24, is_24
 
 __all__ = [
     "TENSORS",
@@ -306,6 +306,19 @@ def pack_int4(
     """
     tag = choose_layout(layout, form_of(weight, activation), who=who)
     return TENSORS[tag].from_int4(weight, activation, who=who)
+
+
+def check_packs(
+    weight: CanonicalInt4, layout: str = "auto", activation: str = "none", *, who: str = "weight"
+) -> None:
+    """Refuse what ``pack_int4`` would, and pack nothing.
+
+    Raises:
+        ValueError: as of ``pack_int4``.
+    """
+    tag = choose_layout(layout, form_of(weight, activation), who=who)
+    if tag == MARLIN24 and layout != "auto":  # which has looked
+        check_24(weight, who=who)
 
 
 def form_of(weight: CanonicalInt4, activation: str) -> WeightForm:

@@ -397,3 +397,37 @@ weight: expected an int4 weight in nn.Linear or nn.Embedding, got it in Embeddin
 prepare_: expected activation in ('none', 'int8') and scale_dtype None or one of (torch.float16,
     torch.bfloat16, torch.float32), got 'fp8' and None; choose one of them""",
     )
+
+
+def test_prepare_changes_nothing_if_it_refuses_anything():
+    def sources(last) -> nn.Module:
+        model = Model()
+        model.block["up"].weight = nn.Parameter(sparse, requires_grad=False)
+        model.block["down"].weight = nn.Parameter(last, requires_grad=False)
+        return model
+
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-8, 8, (96, 64), generator=generator, dtype=torch.int8)
+    codes[:, 0::4] = codes[:, 1::4] = 0
+
+    def unpacked(values) -> IntxUnpackedToInt8Tensor:
+        N, K = values.shape
+        return IntxUnpackedToInt8Tensor(
+            values, torch.rand(N, K // 32) + 0.5, torch.zeros(N, K // 32, dtype=torch.int8),
+            torch.int4, (1, 32), torch.bfloat16, None,
+        )  # fmt: skip
+
+    sparse, dense = unpacked(codes), unpacked(codes.roll(1, 1).flip(0)[:64].repeat(1, 2)[:, :96])
+    dense_codes = dense.qdata
+    dense_codes[5, 4:8] = 3
+    model = sources(dense)
+    before = kinds(model)
+    found = message(prepare_, model, layout="marlin24")
+    assert found.startswith("block.down.weight: expected") and kinds(model) == before
+    dense_codes[5, 4:8] = torch.tensor([0, 3, 3, 0])
+    prepare_(model, layout="marlin24")
+    assert (
+        kinds(model)["block.up.weight"]
+        == kinds(model)["block.down.weight"]
+        == ("CudaMarlin24Int4Tensor")
+    )
