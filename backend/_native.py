@@ -126,10 +126,15 @@ class AttentionArgs(ctypes.Structure):
         ("k", TensorView),
         ("v", TensorView),
         ("mask", TensorView),
+        ("input_pos", TensorView),
+        ("k_scale", TensorView),
+        ("v_scale", TensorView),
         ("y", TensorView),
         ("scale", c_double),
         ("is_causal", ctypes.c_bool),
         ("softcap", c_double),
+        ("window", c_int64),
+        ("merge_heads", ctypes.c_bool),
     ]
 
 
@@ -177,6 +182,8 @@ class RopeAppendArgs(ctypes.Structure):
         ("input_pos", TensorView),
         ("q_norm", TensorView),
         ("k_norm", TensorView),
+        ("k_scale", TensorView),
+        ("v_scale", TensorView),
         ("q", TensorView),
         ("n_heads", c_int64),
         ("interleaved", ctypes.c_bool),

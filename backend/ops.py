@@ -8,7 +8,10 @@ memory planning needs.
     linear     y[..., n] = sum_k x[..., k] * w[n, k] + bias[n], w = (q - zero_point) * scale; what
                the parts look like in memory is set by ``layout_tag`` (layouts.py)
     attention  softmax(q @ k.T * scale + mask) @ v; q [B, Hq, S, D], k and v [B, Hkv, T, D]; with a
-               softcap c above 0, scores become c * tanh(score / c) before the mask
+               softcap c above 0, scores become c * tanh(score / c) before the mask; with input_pos
+               ([S] or [B, S]) in the place of a mask, a query sees the keys up to its position, and
+               of them the last ``window`` if that is not 0; with k_scale and v_scale [B, Hkv, T], k
+               and v are int8; with merge_heads the result is [B, S, Hq * D], not [B, Hq, S, D]
     rms_norm   x / sqrt(mean(x^2) + eps) * weight over the last dimension
     silu       x * sigmoid(x)
 
@@ -18,7 +21,8 @@ and the fusions that passes make of several ops (kernels/ops.h has their arithme
                   of a norm of x ahead of the sum
     gate_mul      f(gate) * up of [gate, up] in one tensor [..., 2 * N]
     rope_append   norms and turns q and k of [q, k, v] in one tensor, writes k and v into their
-                  caches (which it changes), gives q [B, Hq, S, D]; of [q, k], k is v too
+                  caches (which it changes), gives q [B, Hq, S, D]; of [q, k], k is v too;
+                  with k_scale and v_scale [B, Hkv, T] the caches are int8
 """
 
 from __future__ import annotations
@@ -36,20 +40,22 @@ _SCHEMAS = {
     "linear": "Tensor x, Tensor qdata, Tensor scale, Tensor? zero_point, Tensor? meta, "
     "Tensor? bias, int group_size, str layout_tag, str activation, int? out_features=None",
     "attention": "Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool is_causal, "
-    "float softcap=0.0",
+    "float softcap=0.0, Tensor? input_pos=None, int window=0, bool merge_heads=False, "
+    "Tensor? k_scale=None, Tensor? v_scale=None",
     "rms_norm": "Tensor x, Tensor? weight, float eps",
     "silu": "Tensor x",
     "add_rms_norm": "Tensor x, Tensor residual, Tensor? weight, Tensor? x_norm, float eps",
     "gate_mul": "Tensor gate_up, str activation",
     "rope_append": "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor qkv, Tensor cos, Tensor sin, "
-    "Tensor input_pos, Tensor? q_norm, Tensor? k_norm, int n_heads, bool interleaved, float eps",
+    "Tensor input_pos, Tensor? q_norm, Tensor? k_norm, int n_heads, bool interleaved, float eps, "
+    "Tensor(c!)? k_scale=None, Tensor(d!)? v_scale=None",
 }
 # The results of an op that has several; others have one, called ``out``.
 _OUTPUTS = {"add_rms_norm": ("sum", "y")}
-# Position and name of each tensor in the argument struct of ops.h, and of each other argument.
+# The tensors in the order of the argument struct of ops.h, and the other arguments.
 _TENSOR_ARGS = {
     "linear": ("x", "qdata", "scale", "zero_point", "meta", "bias"),
-    "attention": ("q", "k", "v", "mask"),
+    "attention": ("q", "k", "v", "mask", "input_pos", "k_scale", "v_scale"),
     "rms_norm": ("x", "weight"),
     "silu": ("x",),
     "add_rms_norm": ("x", "residual", "weight", "x_norm"),
@@ -63,11 +69,13 @@ _TENSOR_ARGS = {
         "input_pos",
         "q_norm",
         "k_norm",
+        "k_scale",
+        "v_scale",
     ),
 }
 _OTHER_ARGS = {
     "linear": ("group_size", "layout_tag", "activation", "out_features"),
-    "attention": ("scale", "is_causal", "softcap"),
+    "attention": ("scale", "is_causal", "softcap", "window", "merge_heads"),
     "rms_norm": ("eps",),
     "silu": (),
     "add_rms_norm": ("eps",),
@@ -83,11 +91,24 @@ _STRUCTS = {
     "gate_mul": _native.GateMulArgs,
     "rope_append": _native.RopeAppendArgs,
 }
-_WRITTEN_ARGS = {"rope_append": ("k_cache", "v_cache")}  # beside the results
+_WRITTEN_ARGS = {"rope_append": ("k_cache", "v_cache", "k_scale", "v_scale")}  # beside the results
 # The ops that take scratch (c_api.h), and what they take behind it: no quantized_x for linear.
 _NEEDS_SCRATCH: dict[str, tuple] = {"linear": (None,), "attention": ()}
 # What others take behind the stream: no quantized_y.
 _NO_SCRATCH: dict[str, tuple] = {"rms_norm": (None,), "add_rms_norm": (None,), "gate_mul": (None,)}
+
+
+# The names of an op's arguments, in the order in which they are given.
+_NAMES = {
+    op: tuple(part.partition("=")[0].split()[-1] for part in schema.split(", "))
+    for op, schema in _SCHEMAS.items()
+}
+
+
+def _attended_shape(q: Tensor, *rest: object) -> list:
+    B, H, S, D = q.shape
+    merge_heads = dict(zip(_NAMES["attention"][1:], rest, strict=False)).get("merge_heads")
+    return [B, S, H * D] if merge_heads else [B, H, S, D]
 
 
 def _linear_shape(
@@ -119,7 +140,7 @@ def _turned_shape(k_cache: Tensor, qkv: Tensor, n_heads: int) -> list:
 
 _OUT_SHAPES: dict[str, Callable[..., list]] = {
     "linear": _linear_shape,
-    "attention": lambda q, *_: list(q.shape),
+    "attention": _attended_shape,
     "rms_norm": lambda x, *_: list(x.shape),
     "silu": lambda x: list(x.shape),
     "add_rms_norm": lambda x, *_: list(x.shape),
@@ -133,17 +154,18 @@ def _run(op: str, args: tuple, *outs: Tensor) -> None:
 
     The results all have the shape that ``_OUT_SHAPES`` says.
     """
-    n_tensors = len(_TENSOR_ARGS[op])
+    # The dispatcher leaves defaults out: no tensor, and 0 as in the struct.
+    given = dict(zip(_NAMES[op], args, strict=False))
     # Held until the call is over: a contiguous copy must outlive its pointer.
     held = [
-        None if tensor is None else _dense(op, name, tensor)
-        for name, tensor in zip(_TENSOR_ARGS[op], args, strict=False)
+        None if given.get(name) is None else _dense(op, name, given[name])
+        for name in _TENSOR_ARGS[op]
     ]
     views = b"".join([_native.packed_view(tensor) for tensor in (*held, *outs)])
     kind = _STRUCTS[op]
     struct = kind.from_buffer_copy(views.ljust(ctypes.sizeof(kind), b"\0"))
-    # The dispatcher leaves a default out: 0, as in the struct.
-    for name, value in zip(_OTHER_ARGS[op], args[n_tensors:], strict=False):
+    for name in _OTHER_ARGS[op]:
+        value = given.get(name)
         if value is not None:  # an int that is not stated is 0 too
             setattr(struct, name, value.encode() if isinstance(value, str) else value)
     out = outs[0]
@@ -183,7 +205,7 @@ def _run_on_current_device(op: str, struct: ctypes.Structure, out: Tensor) -> No
 
 def _dense(op: str, name: str, tensor: Tensor) -> Tensor:
     """Kernels want contiguous operands; attention wants only the last dimension so."""
-    if op == "attention" and name != "mask":
+    if op == "attention" and name in ("q", "k", "v"):
         return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
     if name in _WRITTEN_ARGS.get(op, ()):
         return tensor  # what is written is no copy: the op refuses one that is not contiguous
@@ -192,7 +214,7 @@ def _dense(op: str, name: str, tensor: Tensor) -> Tensor:
 
 def _register(library: torch.library.Library, op: str) -> None:
     names = _OUTPUTS.get(op, ("out",))
-    free = "abcd"[len(_WRITTEN_ARGS.get(op, ())) :]  # letters that no argument has
+    free = "abcdef"[len(_WRITTEN_ARGS.get(op, ())) :]  # letters that no argument has
     marks = [f"Tensor({letter}!)" for letter, _ in zip(free, names, strict=False)]
     outs = ", ".join(f"{mark} {name}" for mark, name in zip(marks, names, strict=True))
     several = len(names) > 1
@@ -205,7 +227,9 @@ def _register(library: torch.library.Library, op: str) -> None:
 
     def check_devices(args: tuple) -> None:
         x = args[0]
-        for name, tensor in zip(_TENSOR_ARGS[op], args, strict=False):
+        given = dict(zip(_NAMES[op], args, strict=False))
+        for name in _TENSOR_ARGS[op]:
+            tensor = given.get(name)
             if tensor is not None and tensor.device != x.device:
                 raise ValueError(
                     f"cuda_int4.{op}: expected {name} on {x.device}, where {_TENSOR_ARGS[op][0]} "
@@ -223,7 +247,7 @@ def _register(library: torch.library.Library, op: str) -> None:
         return as_result(made)
 
     def out_variant(*args, **given):  # type: ignore[no-untyped-def]
-        check_devices((*args[: len(_TENSOR_ARGS[op])],))
+        check_devices(args)
         shape = _OUT_SHAPES[op](*args)
         tensors = [given[name] for name in names]
         for name, out in given.items():

@@ -80,12 +80,17 @@ def attention(
     scale: float,
     is_causal: bool = False,
     softcap: float = 0.0,
+    input_pos: Tensor | None = None,
+    window: int = 0,
+    merge_heads: bool = False,
+    scales: tuple[Tensor | None, Tensor | None] = (None, None),
     isa: str = "scalar",
 ) -> Tensor:
     """Output of cuda_int4::attention."""
-    y, guard = poisoned(tuple(q.shape), q.dtype)
-    views = [_native.tensor_view(t) for t in (q, k, v, mask, y)]
-    args = _native.AttentionArgs(*views, scale, is_causal, softcap)
+    B, H, S, D = q.shape
+    y, guard = poisoned((B, S, H * D) if merge_heads else (B, H, S, D), q.dtype)
+    views = [_native.tensor_view(t) for t in (q, k, v, mask, input_pos, *scales, y)]
+    args = _native.AttentionArgs(*views, scale, is_causal, softcap, window, merge_heads)
     return finish("attention", args, isa, y, guard)
 
 
@@ -139,11 +144,12 @@ def rope_append(
     interleaved: bool,
     eps: float = 1e-5,
     isa: str = "scalar",
+    scales: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Tensor:
-    """Output of cuda_int4::rope_append; the caches are written."""
+    """Output of cuda_int4::rope_append; the caches, and their scales, are written."""
     shape = (qkv.shape[0], n_heads, qkv.shape[1], k_cache.shape[3])
     q, guard = poisoned(shape, qkv.dtype)
-    tensors = (k_cache, v_cache, qkv, cos, sin, input_pos, q_norm, k_norm, q)
+    tensors = (k_cache, v_cache, qkv, cos, sin, input_pos, q_norm, k_norm, *scales, q)
     views = [_native.tensor_view(t) for t in tensors]
     args = _native.RopeAppendArgs(*views, n_heads, interleaved, eps)
     return finish("rope_append", args, isa, q, guard)

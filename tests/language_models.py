@@ -369,7 +369,7 @@ def export_delegated(
     return path
 
 
-def export_toy_llama(path: Path, context: int = 64, **methods: Any) -> Path:
+def export_toy_llama(path: Path, context: int = 64, fusions: str = "all", **methods: Any) -> Path:
     """Write ``toy_llama(context)`` as a .pte with one delegate."""
     import cuda_int4
 
@@ -380,6 +380,7 @@ def export_toy_llama(path: Path, context: int = 64, **methods: Any) -> Path:
         str(path),
         dynamic_shapes=shapes,
         constant_methods=constant_methods(context, **methods),
+        fusions=fusions,
     )
     return path
 

@@ -118,12 +118,12 @@ def test_structs_have_the_sizes_that_c_gives_them():
     view = ctypes.sizeof(_native.TensorView)
     assert view == 152
     assert ctypes.sizeof(_native.LinearArgs) == 7 * view + 5 * 8
-    assert ctypes.sizeof(_native.AttentionArgs) == 5 * view + 24
+    assert ctypes.sizeof(_native.AttentionArgs) == 8 * view + 40
     assert ctypes.sizeof(_native.RmsNormArgs) == 3 * view + 8
     assert ctypes.sizeof(_native.SiluArgs) == 2 * view
     assert ctypes.sizeof(_native.AddRmsNormArgs) == 6 * view + 8
     assert ctypes.sizeof(_native.GateMulArgs) == 2 * view + 8
-    assert ctypes.sizeof(_native.RopeAppendArgs) == 9 * view + 24
+    assert ctypes.sizeof(_native.RopeAppendArgs) == 11 * view + 24
 
 
 def test_no_device_has_cuda_kernels_here_without_saying_so():

@@ -142,9 +142,68 @@ def test_rope_append_with_norms_of_heads(dtype, isa, values_are_keys, normed):
     assert torch.equal(caches, expected)
 
 
+@pytest.mark.parametrize("by_table", [False, True])
+def test_sequences_have_rows_and_positions_of_their_own(by_table):
+    B, S, T, D = 2, 3, 8, 4
+    qkv, caches = normal(B, S, (3 + 2 * 2) * D), torch.zeros(2, 3, 2, T, D)  # of 3 sequences, 2
+    cos, sin = normal(2, B, S, D) if by_table else normal(2, S, D)
+    positions = torch.tensor([[0, 1, 2], [5, 6, 6]])  # the last token, and again
+    qkv[1, 2] = qkv[1, 1]
+    if by_table:
+        cos[1, 2], sin[1, 2] = cos[1, 1], sin[1, 1]
+    else:
+        cos[2], sin[2] = cos[1], sin[1]
+    q = kernel_calls.rope_append(*caches, qkv, cos, sin, positions, None, None, 3, False)
+    expected = torch.zeros_like(caches)
+    for b in range(B):
+        tables = (cos[b], sin[b]) if by_table else (cos, sin)
+        rows = expected[0, b : b + 1].clone(), expected[1, b : b + 1].clone()
+        one = kernel_calls.rope_append(
+            *rows, qkv[b : b + 1], *tables, positions[b], None, None, 3, False
+        )
+        expected[0, b], expected[1, b] = rows[0][0], rows[1][0]
+        assert torch.equal(q[b], one[0])
+    assert torch.equal(caches, expected)
+
+
+@DTYPES
+@pytest.mark.parametrize("values_are_keys", [False, True])
+def test_int8_caches_hold_each_head_of_a_token_over_its_greatest(dtype, values_are_keys):
+    B, S, T, D = 2, 3, 8, 16
+    qkv = normal(B, S, (3 + (1 if values_are_keys else 2) * 2) * D).to(dtype)
+    qkv[0, 1] = 0
+    cos, sin = normal(2, S, D)
+    positions = torch.tensor([[4, 1, 7], [0, 3, 2]], dtype=torch.int32)
+    exact = torch.zeros(2, B, 2, T, D, dtype=dtype)
+    rest = (qkv, cos, sin, positions, None, None, 3, False)
+    q = kernel_calls.rope_append(*exact, *rest)
+    codes = torch.full((2, B, 2, T, D), 99, dtype=torch.int8)
+    scales = torch.full((2, B, 2, T), -1.0)
+    assert torch.equal(kernel_calls.rope_append(*codes, *rest, scales=tuple(scales)), q)
+    for b in range(B):
+        rows = torch.arange(T)[:, None].eq(positions[b]).any(1)
+        values = exact[:, b, :, rows].float()
+        greatest = values.abs().amax(-1)
+        assert torch.equal(scales[:, b, :, rows], greatest / 127)
+        expected = torch.round(values / (greatest / 127).unsqueeze(-1)).nan_to_num()  # 0 / 0
+        assert torch.equal(codes[:, b, :, rows].float(), expected)
+        assert bool((codes[:, b, :, ~rows] == 99).all() and (scales[:, b, :, ~rows] == -1).all())
+
+
+@pytest.mark.parametrize("odd", [float("inf"), float("nan")])
+def test_a_head_that_is_not_finite_is_not_finite_in_int8(odd):
+    qkv = normal(1, 1, 3 * 16)
+    qkv[0, 0, 40] = odd  # of the value
+    codes, scales = torch.zeros(2, 1, 1, 4, 16, dtype=torch.int8), torch.zeros(2, 1, 1, 4)
+    tables = torch.ones(1, 16), torch.zeros(1, 16)
+    rest = (qkv, *tables, torch.tensor([2]), None, None, 1, False)
+    kernel_calls.rope_append(*codes, *rest, scales=tuple(scales))
+    assert bool(scales[0].isfinite().all()) and not bool(scales[1, 0, 0, 2].isfinite())
+
+
 def test_a_position_outside_writes_nothing():
     caches, before = torch.ones(2, 1, 1, 4, 2), torch.ones(2, 1, 1, 4, 2)
-    operands = (normal(1, 2, 6), *normal(2, 2, 2), torch.tensor([1, 4]), None, None)
+    operands = (normal(1, 2, 6), *normal(2, 2, 2), torch.tensor([1, 4]), *[None] * 4)
     tensors = (*caches, *operands, normal(1, 1, 2, 2))
     args = _native.RopeAppendArgs(*map(_native.tensor_view, tensors), 1, False, 0.0)
     code, message = kernel_calls.run("rope_append", args)
@@ -184,11 +243,14 @@ def test_refusals():
         q_norm=(4,),
         k_norm=(4,),
         eps=1e-5,
+        cache_dtype=torch.float32,
+        scales=(None, None),
     ):
-        tensors = [torch.zeros(s) for s in (k, v, qkv)]
+        tensors = [torch.zeros(s, dtype=cache_dtype) for s in (k, v)]
+        tensors += [torch.zeros(qkv)]
         tensors += [torch.zeros(s, dtype=dtype) for s in (cos, sin)]
         tensors += [torch.zeros(pos, dtype=torch.int64)]
-        tensors += [torch.zeros(s) for s in (q_norm, k_norm, q)]
+        tensors += [*(torch.zeros(s) for s in (q_norm, k_norm)), *scales, torch.zeros(q)]
         views = map(_native.tensor_view, tensors)
         args = _native.RopeAppendArgs(*views, n_heads, False, eps)
         return kernel_calls.run("rope_append", args)
@@ -221,6 +283,10 @@ def test_refusals():
         rope_append(q_norm=(5,)),
         rope_append(k_norm=(1, 4)),
         rope_append(eps=-1.0),
+        rope_append(k=(3, 2, 5, 4), v=(3, 2, 5, 4), qkv=(2, 3, 28), pos=(3, 3)),
+        rope_append(scales=(torch.zeros(1, 2, 5), None)),
+        rope_append(cache_dtype=torch.int8),
+        rope_append(cache_dtype=torch.int8, scales=(torch.zeros(1, 2, 5), torch.zeros(1, 2, 4))),
     ]
     assert {code for code, _ in found} == {kernel_calls.INVALID_ARGUMENT}
     assert_expected_inline(
@@ -244,29 +310,37 @@ cuda_int4::gate_mul: expected y of shape [2, 4], got [2, 8]; allocate a contiguo
     gate_up's dtype
 cuda_int4::gate_mul: expected activation "silu", "gelu" or "gelu_tanh", got "relu"; fix the call
 cuda_int4::gate_mul: expected activation "silu", "gelu" or "gelu_tanh", got ""; fix the call
-cuda_int4::rope_append: expected k_cache [B, Hkv, T, D] with an even D, got [2, 5, 4]; make a
-    cache [B, Hkv, T, D] with an even D
-cuda_int4::rope_append: expected k_cache [B, Hkv, T, D] with an even D, got [1, 2, 5, 3]; make a
-    cache [B, Hkv, T, D] with an even D
+cuda_int4::rope_append: expected k_cache [B or more, Hkv, T, D] with an even D, got [2, 5, 4];
+    make a cache [B or more, Hkv, T, D] with an even D
+cuda_int4::rope_append: expected k_cache [B or more, Hkv, T, D] with an even D, got [1, 2, 5,
+    3]; make a cache [B or more, Hkv, T, D] with an even D
 cuda_int4::rope_append: expected v_cache of shape [1, 2, 5, 4], got [1, 2, 4, 4]; make both
     caches alike
-cuda_int4::rope_append: expected qkv [1, S, 7 heads of 4] (or 5, where values are keys), got [1,
-    3, 24]; pass qkv.contiguous(), [B, S, (n_heads + 2 * Hkv) * D]
-cuda_int4::rope_append: expected qkv [1, S, 7 heads of 4] (or 5, where values are keys), got [2,
-    3, 28]; pass qkv.contiguous(), [B, S, (n_heads + 2 * Hkv) * D]
-cuda_int4::rope_append: expected cos of shape [3, 4], got [3, 3]; pass tables [S, D] or [S, D/2]
-    of qkv's dtype or float32
+cuda_int4::rope_append: expected qkv [1 or less, S, 7 heads of 4] (or 5, where values are keys),
+    got [1, 3, 24]; pass qkv.contiguous(), [B, S, (n_heads + 2 * Hkv) * D]
+cuda_int4::rope_append: expected qkv [1 or less, S, 7 heads of 4] (or 5, where values are keys),
+    got [2, 3, 28]; pass qkv.contiguous(), [B, S, (n_heads + 2 * Hkv) * D]
+cuda_int4::rope_append: expected cos of shape [3, 4], got [3, 3]; pass tables [S, D], [S, D/2]
+    or the like for each of B, of qkv's dtype or float32
 cuda_int4::rope_append: expected sin of shape [3, 4], got [3, 2]; make both tables alike
 cuda_int4::rope_append: expected input_pos of shape [3], got [2]; pass one int32 or int64
     position per token
 cuda_int4::rope_append: expected q of shape [1, 3, 3, 4], got [1, 3, 3, 2]; allocate a
     contiguous q [B, n_heads, S, D]
 cuda_int4::rope_append: expected n_heads in 1..2147483647, got 0; fix the call
-cuda_int4::rope_append: expected cos of dtype float32, got bfloat16; pass tables [S, D] or [S,
-    D/2] of qkv's dtype or float32
+cuda_int4::rope_append: expected cos of dtype float32, got bfloat16; pass tables [S, D], [S,
+    D/2] or the like for each of B, of qkv's dtype or float32
 cuda_int4::rope_append: expected q_norm of shape [4], got [5]; pass a contiguous weight of shape
     [D], the size of a head
 cuda_int4::rope_append: expected k_norm of shape [4], got [1, 4]; pass a contiguous weight of
     shape [D], the size of a head
-cuda_int4::rope_append: expected eps of at least 0, got -1.000000; fix the call""",
+cuda_int4::rope_append: expected eps of at least 0, got -1.000000; fix the call
+cuda_int4::rope_append: expected input_pos of shape [2, 3], got [3, 3]; pass one int32 or int64
+    position per token
+cuda_int4::rope_append: expected k_scale with caches of int8 and with no others, got caches of
+    float32 with it; make float32 scales like the caches, but without D
+cuda_int4::rope_append: expected k_scale with caches of int8 and with no others, got caches of
+    int8 without it; make float32 scales like the caches, but without D
+cuda_int4::rope_append: expected v_scale of shape [1, 2, 5], got [1, 2, 4]; make float32 scales
+    like the caches, but without D""",
     )

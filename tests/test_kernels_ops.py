@@ -64,6 +64,43 @@ def test_attention_is_within_one_rounding(B, Hq, Hkv, S, T, D, kind, isa):
         assert_rounded_once(y, exact)
 
 
+@pytest.mark.parametrize("window", [0, 1, 7])
+@pytest.mark.parametrize("by_batch", [False, True])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_positions_are_the_mask_that_they_stand_for(dtype, by_batch, window, isa):
+    B, Hq, Hkv, S, T, D = 3, 4, 2, 5, 40, 20
+    q = torch.randn(B, Hq, S, D).to(dtype)
+    k, v = torch.randn(2, B + 1, Hkv, T, D).to(dtype)  # of one sequence more
+    positions = torch.randint(T, (B, S) if by_batch else (S,))
+    positions.view(-1)[0] = -1  # sees nothing
+    keys = torch.arange(T)
+    mask = keys <= positions.unsqueeze(-1)
+    if window:
+        mask &= keys > positions.unsqueeze(-1) - window
+    mask = mask.unsqueeze(1) if by_batch else mask
+    expected = kernel_calls.attention(q, k[:B], v[:B], mask, scale=0.3, isa=isa)
+    unseen = ~mask.expand(B, -1, S, T).any(2)[:, 0] if by_batch else ~mask.any(0).expand(B, T)
+    for b in range(B):
+        k[b, :, unseen[b]] = v[b, :, unseen[b]] = float("nan")
+    for given in (positions, positions.int()):
+        options = {"scale": 0.3, "input_pos": given, "window": window, "isa": isa}
+        assert torch.equal(kernel_calls.attention(q, k, v, **options), expected)
+        merged = kernel_calls.attention(q, k, v, merge_heads=True, **options)
+        assert torch.equal(merged, expected.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_int8_keys_and_values_are_codes_times_scales(dtype, isa):
+    B, Hq, Hkv, S, T, D = 2, 4, 2, 3, 40, 20
+    q = torch.randn(B, Hq, S, D).to(dtype)
+    codes = torch.randint(-127, 128, (2, B, Hkv, T, D), dtype=torch.int8)
+    scales = torch.rand(2, B, Hkv, T) / 50
+    k, v = (codes.double() * scales.double().unsqueeze(-1)).unbind()
+    exact = exact_attention(q, k, v, scale=0.3)
+    found = kernel_calls.attention(q, *codes, scale=0.3, scales=tuple(scales), isa=isa)
+    assert_rounded_once(found, exact)
+
+
 @pytest.mark.parametrize("softcap", [0.7, 50.0])
 def test_a_soft_cap_comes_before_the_mask(softcap, isa):
     for dtype in FLOATS:

@@ -249,12 +249,18 @@ def test_an_isa_that_is_not_there():
 
 def test_the_other_ops():
     def attention(
-        q=(1, 4, 3, 8), k=(1, 2, 5, 8), v=None, mask=None, v_dtype=None, scale=1.0, softcap=0.0
-    ):
-        q, k, v = torch.zeros(q), torch.zeros(k), torch.zeros(v or k, dtype=v_dtype)
-        tensors = (q, k, v, mask, torch.zeros(q.shape))
+        q=(1, 4, 3, 8), k=(1, 2, 5, 8), v=None, mask=None, v_dtype=None, scale=1.0, softcap=0.0,
+        input_pos=None, window=0, is_causal=False, merge_heads=False, kv_dtype=None,
+        scales=(None, None),
+    ):  # fmt: skip
+        q, k, v = (
+            torch.zeros(q), torch.zeros(k, dtype=kv_dtype),
+            torch.zeros(v or k, dtype=v_dtype or kv_dtype),
+        )  # fmt: skip
+        tensors = (q, k, v, mask, input_pos, *scales, torch.zeros(q.shape))
         views = [_native.tensor_view(t) for t in tensors]
-        return kernel_calls.run("attention", _native.AttentionArgs(*views, scale, False, softcap))
+        rest = (scale, is_causal, softcap, window, merge_heads)
+        return kernel_calls.run("attention", _native.AttentionArgs(*views, *rest))
 
     def rms_norm(x=(2, 8), weight=(8,), y=(2, 8), eps=1e-5):
         views = [_native.tensor_view(torch.zeros(shape)) for shape in (x, weight, y)]
@@ -266,7 +272,6 @@ def test_the_other_ops():
 
     found = [
         attention(k=(1, 3, 5, 8)),
-        attention(k=(2, 2, 5, 8)),
         attention(k=(1, 2, 5, 4)),
         attention(v=(1, 2, 6, 8)),
         attention(q=(4, 3, 8)),
@@ -276,6 +281,19 @@ def test_the_other_ops():
         attention(scale=float("nan")),
         attention(softcap=-1.0),
         attention(softcap=float("nan")),
+        attention(q=(2, 4, 3, 8)),
+        attention(window=4),
+        attention(input_pos=torch.arange(3), window=-1),
+        attention(input_pos=torch.arange(3), is_causal=True),
+        attention(input_pos=torch.arange(3), mask=torch.zeros(3, 5)),
+        attention(input_pos=torch.arange(4)),
+        attention(input_pos=torch.zeros(2, 3, dtype=torch.int32)),
+        attention(input_pos=torch.zeros(3)),
+        attention(merge_heads=True),
+        attention(kv_dtype=torch.int8),
+        attention(scales=(torch.zeros(1, 2, 5), None)),
+        attention(kv_dtype=torch.int8, scales=(torch.zeros(1, 2, 5), torch.zeros(1, 2, 4))),
+        attention(kv_dtype=torch.int8, scales=(torch.zeros(1, 2, 5), torch.zeros(1, 2, 5).half())),
         rms_norm(weight=(9,)),
         rms_norm(y=(2, 9)),
         rms_norm(x=(), y=()),
@@ -288,17 +306,15 @@ def test_the_other_ops():
     assert_expected_inline(
         folded(*(message for _, message in found)),
         """\
-cuda_int4::attention: expected k [B, Hkv, T, D] with the B and D of q and Hq % Hkv == 0, got q
-    [1, 4, 3, 8] and k [1, 3, 5, 8]; fix the call
-cuda_int4::attention: expected k [B, Hkv, T, D] with the B and D of q and Hq % Hkv == 0, got q
-    [1, 4, 3, 8] and k [2, 2, 5, 8]; fix the call
-cuda_int4::attention: expected k [B, Hkv, T, D] with the B and D of q and Hq % Hkv == 0, got q
-    [1, 4, 3, 8] and k [1, 2, 5, 4]; fix the call
+cuda_int4::attention: expected k [B or more, Hkv, T, D] with the B and D of q and Hq % Hkv == 0,
+    got q [1, 4, 3, 8] and k [1, 3, 5, 8]; fix the call
+cuda_int4::attention: expected k [B or more, Hkv, T, D] with the B and D of q and Hq % Hkv == 0,
+    got q [1, 4, 3, 8] and k [1, 2, 5, 4]; fix the call
 cuda_int4::attention: expected v of shape [1, 2, 5, 8], got [1, 2, 6, 8]; v has the shape of k
 cuda_int4::attention: expected q [B, H, L, D], got [4, 3, 8]; pass a tensor [B, H, L, D] whose
     last dimension is dense
-cuda_int4::attention: expected q, k, v and y of one dtype, got float32, float32, bfloat16 and
-    float32; cast them
+cuda_int4::attention: expected q, k, v and y of one dtype (k and v may both be int8), got
+    float32, float32, bfloat16 and float32; cast them
 cuda_int4::attention: expected mask that broadcasts to [1, 4, 3, 5], got [3, 4]; pass a bool or
     additive mask that broadcasts to [B, Hq, S, T]
 cuda_int4::attention: expected mask of dtype bool or float32, got float64; pass a bool or
@@ -306,6 +322,30 @@ cuda_int4::attention: expected mask of dtype bool or float32, got float64; pass 
 cuda_int4::attention: expected a finite scale, got nan; the usual one is 1/sqrt(D)
 cuda_int4::attention: expected softcap 0 (none) or between 1e-30 and 1e30, got -1; fix the call
 cuda_int4::attention: expected softcap 0 (none) or between 1e-30 and 1e30, got nan; fix the call
+cuda_int4::attention: expected k [B or more, Hkv, T, D] with the B and D of q and Hq % Hkv == 0,
+    got q [2, 4, 3, 8] and k [1, 2, 5, 8]; fix the call
+cuda_int4::attention: expected window 0 (none), or in 1..2147483647 with input_pos, got 4
+    without input_pos; fix the call
+cuda_int4::attention: expected window 0 (none), or in 1..2147483647 with input_pos, got -1 with
+    input_pos; fix the call
+cuda_int4::attention: expected input_pos by itself, got it with is_causal; leave one of them out
+cuda_int4::attention: expected input_pos by itself, got it with a mask; leave one of them out
+cuda_int4::attention: expected input_pos of shape [3], got [4]; pass one int32 or int64 position
+    per query
+cuda_int4::attention: expected input_pos of shape [1, 3], got [2, 3]; pass one int32 or int64
+    position per query
+cuda_int4::attention: expected input_pos of dtype int32 or int64, got float32; pass one int32 or
+    int64 position per query
+cuda_int4::attention: expected y of shape [1, 3, 32], got [1, 4, 3, 8]; allocate a contiguous y
+    [B, S, Hq * D]
+cuda_int4::attention: expected k_scale and v_scale with k and v of dtype int8 and without any
+    otherwise, got k of int8 without k_scale and without v_scale; fix the call
+cuda_int4::attention: expected k_scale and v_scale with k and v of dtype int8 and without any
+    otherwise, got k of float32 with k_scale and without v_scale; fix the call
+cuda_int4::attention: expected v_scale of shape [1, 2, 5], got [1, 2, 4]; pass a contiguous
+    float32 scale, k's shape without D
+cuda_int4::attention: expected v_scale of dtype float32, got float16; pass a contiguous float32
+    scale, k's shape without D
 cuda_int4::rms_norm: expected weight of shape [8], got [9]; pass a contiguous weight of shape
     [D]
 cuda_int4::rms_norm: expected y of shape [2, 8], got [2, 9]; allocate a contiguous y like x

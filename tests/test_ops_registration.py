@@ -54,9 +54,11 @@ cuda_int4::linear.out(Tensor x, Tensor qdata, Tensor scale, Tensor? zero_point, 
     Tensor? bias, int group_size, str layout_tag, str activation, int? out_features=None, *,
     Tensor(a!) out) -> Tensor(a!)
 cuda_int4::attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool is_causal,
-    float softcap=0.) -> Tensor
+    float softcap=0., Tensor? input_pos=None, int window=0, bool merge_heads=False, Tensor?
+    k_scale=None, Tensor? v_scale=None) -> Tensor
 cuda_int4::attention.out(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool
-    is_causal, float softcap=0., *, Tensor(a!) out) -> Tensor(a!)
+    is_causal, float softcap=0., Tensor? input_pos=None, int window=0, bool merge_heads=False,
+    Tensor? k_scale=None, Tensor? v_scale=None, *, Tensor(a!) out) -> Tensor(a!)
 cuda_int4::rms_norm(Tensor x, Tensor? weight, float eps) -> Tensor
 cuda_int4::rms_norm.out(Tensor x, Tensor? weight, float eps, *, Tensor(a!) out) -> Tensor(a!)
 cuda_int4::silu(Tensor x) -> Tensor
@@ -69,10 +71,11 @@ cuda_int4::gate_mul(Tensor gate_up, str activation) -> Tensor
 cuda_int4::gate_mul.out(Tensor gate_up, str activation, *, Tensor(a!) out) -> Tensor(a!)
 cuda_int4::rope_append(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor qkv, Tensor cos, Tensor
     sin, Tensor input_pos, Tensor? q_norm, Tensor? k_norm, int n_heads, bool interleaved, float
-    eps) -> Tensor
+    eps, Tensor(c!)? k_scale=None, Tensor(d!)? v_scale=None) -> Tensor
 cuda_int4::rope_append.out(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor qkv, Tensor cos,
     Tensor sin, Tensor input_pos, Tensor? q_norm, Tensor? k_norm, int n_heads, bool interleaved,
-    float eps, *, Tensor(c!) out) -> Tensor(c!)""",
+    float eps, Tensor(c!)? k_scale=None, Tensor(d!)? v_scale=None, *, Tensor(e!) out) ->
+    Tensor(e!)""",
     )
 
 

@@ -15,12 +15,13 @@ namespace {
 
 constexpr char kOp[] = "cuda_int4::attention";
 
-// [B, H, L, D] with the last dimension contiguous.
-Status check_heads(const char* part, const TensorView& view) {
+// [B, H, L, D] with the last dimension contiguous, of a float dtype, or int8 where that may be.
+Status check_heads(const char* part, const TensorView& view, bool may_be_int8) {
   const TensorCheck check{kOp, part, "pass a tensor [B, H, L, D] whose last dimension is dense"};
   int64_t numel = 0;
   CUDA_INT4_RETURN_IF_ERROR(check_strided(check, view, &numel));
-  CUDA_INT4_RETURN_IF_ERROR(check_float_kind(check, view));
+  if (!may_be_int8 || view.dtype != DType::kInt8)
+    CUDA_INT4_RETURN_IF_ERROR(check_float_kind(check, view));
   if (view.ndim != 4) {
     return error(StatusCode::kInvalidArgument, "%s: expected %s [B, H, L, D], got %s; %s", kOp,
                  part, ShapeText(view).text, check.cure);
@@ -60,32 +61,100 @@ Status check_mask(const AttentionArgs& args) {
   return check_alignment(check, args.mask, dtype_bytes(args.mask.dtype));
 }
 
+Status check_positions(const AttentionArgs& args) {
+  if (args.window < 0 || args.window > kMaxDim || (args.window > 0 && !args.input_pos.present())) {
+    return error(StatusCode::kInvalidArgument,
+                 "%s: expected window 0 (none), or in 1..%" PRId64
+                 " with input_pos, got %" PRId64 " %s input_pos; fix the call",
+                 kOp, kMaxDim, args.window, args.input_pos.present() ? "with" : "without");
+  }
+  if (!args.input_pos.present()) return {};
+  if (args.mask.present() || args.is_causal) {
+    return error(StatusCode::kInvalidArgument,
+                 "%s: expected input_pos by itself, got it with %s; leave one of them out", kOp,
+                 args.is_causal ? "is_causal" : "a mask");
+  }
+  const TensorCheck check{kOp, "input_pos", "pass one int32 or int64 position per query"};
+  int64_t numel = 0;
+  CUDA_INT4_RETURN_IF_ERROR(check_contiguous(check, args.input_pos, &numel));
+  if (args.input_pos.dtype != DType::kInt32 && args.input_pos.dtype != DType::kInt64) {
+    return error(StatusCode::kInvalidArgument,
+                 "%s: expected input_pos of dtype int32 or int64, got %s; %s", kOp,
+                 dtype_name(args.input_pos.dtype), check.cure);
+  }
+  const int64_t sizes[] = {args.q.sizes[0], args.q.sizes[2]};  // [B, S], or its end [S]
+  const bool by_batch = args.input_pos.ndim == 2;
+  CUDA_INT4_RETURN_IF_ERROR(
+      check_shape(check, args.input_pos, by_batch ? 2 : 1, by_batch ? sizes : sizes + 1));
+  CUDA_INT4_RETURN_IF_ERROR(check_data(check, args.input_pos));
+  return check_alignment(check, args.input_pos, dtype_bytes(args.input_pos.dtype));
+}
+
+// k and v are int8 where there are scales, and only there.
+Status check_scales(const AttentionArgs& args) {
+  const bool is_int8 = args.k.dtype == DType::kInt8;
+  if (args.k_scale.present() != is_int8 || args.v_scale.present() != is_int8) {
+    return error(StatusCode::kInvalidArgument,
+                 "%s: expected k_scale and v_scale with k and v of dtype int8 and without any "
+                 "otherwise, got k of %s %s k_scale and %s v_scale; fix the call",
+                 kOp, dtype_name(args.k.dtype), args.k_scale.present() ? "with" : "without",
+                 args.v_scale.present() ? "with" : "without");
+  }
+  if (!is_int8) return {};
+  const TensorView* const views[] = {&args.k_scale, &args.v_scale};
+  const char* const names[] = {"k_scale", "v_scale"};
+  for (int i = 0; i < 2; ++i) {
+    const TensorCheck check{kOp, names[i], "pass a contiguous float32 scale, k's shape without D"};
+    int64_t numel = 0;
+    CUDA_INT4_RETURN_IF_ERROR(check_contiguous(check, *views[i], &numel));
+    if (views[i]->dtype != DType::kFloat32) {
+      return error(StatusCode::kInvalidArgument, "%s: expected %s of dtype float32, got %s; %s",
+                   kOp, names[i], dtype_name(views[i]->dtype), check.cure);
+    }
+    CUDA_INT4_RETURN_IF_ERROR(check_shape(check, *views[i], 3, args.k.sizes));
+    CUDA_INT4_RETURN_IF_ERROR(check_data(check, *views[i]));
+    CUDA_INT4_RETURN_IF_ERROR(check_alignment(check, *views[i], 4));
+  }
+  return {};
+}
+
 }  // namespace
 
 Status validate_attention(const AttentionArgs& args) {
-  CUDA_INT4_RETURN_IF_ERROR(check_heads("q", args.q));
-  CUDA_INT4_RETURN_IF_ERROR(check_heads("k", args.k));
-  CUDA_INT4_RETURN_IF_ERROR(check_heads("v", args.v));
-  const TensorCheck y{kOp, "y", "allocate a contiguous y like q"};
+  CUDA_INT4_RETURN_IF_ERROR(check_heads("q", args.q, false));
+  CUDA_INT4_RETURN_IF_ERROR(check_heads("k", args.k, true));
+  CUDA_INT4_RETURN_IF_ERROR(check_heads("v", args.v, true));
+  const TensorCheck y{kOp, "y",
+                      args.merge_heads ? "allocate a contiguous y [B, S, Hq * D]"
+                                       : "allocate a contiguous y like q"};
   int64_t numel = 0;
   CUDA_INT4_RETURN_IF_ERROR(check_contiguous(y, args.y, &numel));
-  CUDA_INT4_RETURN_IF_ERROR(check_same_shape(y, args.y, args.q));
+  if (args.merge_heads) {
+    const int64_t* q_sizes = args.q.sizes;
+    const int64_t sizes[] = {q_sizes[0], q_sizes[2], q_sizes[1] * q_sizes[3]};
+    CUDA_INT4_RETURN_IF_ERROR(check_shape(y, args.y, 3, sizes));
+  } else {
+    CUDA_INT4_RETURN_IF_ERROR(check_same_shape(y, args.y, args.q));
+  }
   CUDA_INT4_RETURN_IF_ERROR(check_data(y, args.y));
   CUDA_INT4_RETURN_IF_ERROR(check_alignment(y, args.y, dtype_bytes(args.y.dtype)));
 
   const TensorView& q = args.q;
   const TensorView& k = args.k;
-  if (k.dtype != q.dtype || args.v.dtype != q.dtype || args.y.dtype != q.dtype) {
+  const bool kv_fit = args.v.dtype == k.dtype && (k.dtype == q.dtype || k.dtype == DType::kInt8);
+  if (!kv_fit || args.y.dtype != q.dtype) {
     return error(StatusCode::kInvalidArgument,
-                 "%s: expected q, k, v and y of one dtype, got %s, %s, %s and %s; cast them", kOp,
+                 "%s: expected q, k, v and y of one dtype (k and v may both be int8), got %s, %s, "
+                 "%s and %s; cast them",
+                 kOp,
                  dtype_name(q.dtype), dtype_name(k.dtype), dtype_name(args.v.dtype),
                  dtype_name(args.y.dtype));
   }
   const int64_t Hkv = k.sizes[1];
-  if (k.sizes[0] != q.sizes[0] || k.sizes[3] != q.sizes[3] || Hkv == 0 || q.sizes[1] % Hkv != 0) {
+  if (k.sizes[0] < q.sizes[0] || k.sizes[3] != q.sizes[3] || Hkv == 0 || q.sizes[1] % Hkv != 0) {
     return error(StatusCode::kInvalidArgument,
-                 "%s: expected k [B, Hkv, T, D] with the B and D of q and Hq %% Hkv == 0, got q %s "
-                 "and k %s; fix the call",
+                 "%s: expected k [B or more, Hkv, T, D] with the B and D of q and Hq %% Hkv == 0, "
+                 "got q %s and k %s; fix the call",
                  kOp, ShapeText(q).text, ShapeText(k).text);
   }
   CUDA_INT4_RETURN_IF_ERROR(check_same_shape({kOp, "v", "v has the shape of k"}, args.v, args.k));
@@ -100,6 +169,8 @@ Status validate_attention(const AttentionArgs& args) {
                  "%s: expected softcap 0 (none) or between 1e-30 and 1e30, got %g; fix the call",
                  kOp, args.softcap);
   }
+  CUDA_INT4_RETURN_IF_ERROR(check_scales(args));
+  CUDA_INT4_RETURN_IF_ERROR(check_positions(args));
   return check_mask(args);
 }
 

@@ -29,6 +29,17 @@ Kernel attention_kernel_arguments(const AttentionArgs& args) {
     p.k_strides[d] = args.k.strides[d];
     p.v_strides[d] = args.v.strides[d];
   }
+  p.y_strides[0] = p.Hq * p.S * p.D;
+  p.y_strides[1] = args.merge_heads ? p.D : p.S * p.D;
+  p.y_strides[2] = args.merge_heads ? p.Hq * p.D : p.D;
+  if (args.input_pos.present()) {
+    p.input_pos = args.input_pos.data;
+    p.pos_is_int64 = args.input_pos.dtype == DType::kInt64;
+    p.pos_stride = args.input_pos.ndim == 2 ? p.S : 0;
+    p.window = args.window;
+  }
+  p.k_scale = static_cast<const float*>(args.k_scale.data);
+  p.v_scale = static_cast<const float*>(args.v_scale.data);
   if (args.mask.present()) {
     p.mask = args.mask.data;
     p.mask_is_bool = args.mask.dtype == DType::kBool;

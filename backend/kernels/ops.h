@@ -50,15 +50,24 @@ Status quantize_activation(const TensorView& x, void* to, const ExecutionContext
 
 // y = softmax(cap(q @ k.T * scale) + mask) @ v, accumulated in float32; cap(s) is s, or with a softcap
 // above 0 softcap * tanh(s / softcap).
-// q [B, Hq, S, D]; k, v [B, Hkv, T, D] with Hq % Hkv == 0 (grouped queries); y [B, Hq, S, D].
+// q [B, Hq, S, D]; k, v [B or more, Hkv, T, D] with Hq % Hkv == 0 (grouped queries): row b of q reads
+// row b of k and v, rows behind the last are those of sequences that take no part.
 // float16 | bfloat16 | float32, the last dimension contiguous, other strides free (y contiguous).
+// At most one of mask, input_pos and is_causal says which keys a query sees.
 struct AttentionArgs {
   TensorView q, k, v;
   TensorView mask;  // absent, or bool (true = attend) or dtype of q, broadcastable to [B, Hq, S, T]
-  TensorView y;
+  // Absent, or [S] or [B, S] int32 | int64, contiguous: query s sees the keys t <= input_pos[s] and,
+  // with a window, t > input_pos[s] - window. Below 0 it sees none, from T on what there is.
+  TensorView input_pos;
+  // Absent, or float32 like k without D, contiguous: k and v are int8, of value k * k_scale[b, h, t].
+  TensorView k_scale, v_scale;
+  TensorView y;  // [B, Hq, S, D], or [B, S, Hq * D] with merge_heads; dtype of q
   double scale;
-  bool is_causal;  // query s sees keys 0..s
-  double softcap;  // 0: none
+  bool is_causal;    // query s sees keys 0..s
+  double softcap;    // 0: none
+  int64_t window;    // 0: none; else with input_pos
+  bool merge_heads;  // the heads of a query side by side in y
 };
 Status validate_attention(const AttentionArgs& args);
 uint64_t attention_scratch_bytes(const AttentionArgs& args, DeviceKind device);
@@ -117,17 +126,24 @@ Status gate_mul(const GateMulArgs& args, const ExecutionContext& context);
 //   a' = a * cos - b * sin;  b' = b * cos + a * sin
 // with the cos and sin of the place that is written (tables of D) or of the pair (tables of D/2).
 // Each product and the sum are rounded to the dtype of the tables, then the result to that of qkv.
-// A position below 0 counts from the end of the cache.
+// A position below 0 counts from the end of the cache. Row b of the batch is written to row b of the
+// caches; rows behind the last are those of sequences that take no part. With scales the caches are
+// int8: a head of a token becomes codes of -127 .. 127, its scale is the greatest of its |x| over 127
+// (one a token and head: a new token changes none before it, and in attention the scales stay
+// outside of both products). A head with an infinity or NaN gets a scale that is not finite.
 struct RopeAppendArgs {
-  TensorView k_cache;  // [B, Hkv, T, D] dtype of qkv, contiguous; written at input_pos
+  // [B or more, Hkv, T, D] dtype of qkv, or int8 with scales, contiguous; written at input_pos
+  TensorView k_cache;
   TensorView v_cache;  // like k_cache
   // [B, S, (n_heads + 2 * Hkv) * D] or [B, S, (n_heads + Hkv) * D] float16 | bfloat16 | float32,
   // contiguous
   TensorView qkv;
-  TensorView cos, sin;   // [S, D] or [S, D/2], dtype of qkv or float32, contiguous
-  TensorView input_pos;  // [S] int32 | int64, contiguous
+  TensorView cos, sin;   // [(B,) S, D] or [(B,) S, D/2], dtype of qkv or float32, contiguous
+  TensorView input_pos;  // [S] or [B, S] int32 | int64, contiguous
   TensorView q_norm;     // absent or [D], any of the three dtypes
   TensorView k_norm;     // likewise
+  TensorView k_scale;    // absent, or float32 like the caches without D, contiguous; written
+  TensorView v_scale;    // likewise
   TensorView q;          // [B, n_heads, S, D] dtype of qkv, contiguous
   int64_t n_heads;
   bool interleaved;

@@ -18,9 +18,11 @@ from .fuse_add_rms_norm import FuseAddRmsNormPass
 from .fuse_gate_mul import FuseGateMulPass
 from .fuse_post_norm import FusePostNormPass
 from .fuse_rope_append import FuseRopeAppendPass
+from .merge_heads import MergeHeadsPass
 from .merge_linears import MergeLinearsPass
 from .norm_before_select import NormBeforeSelectPass
 from .pack_weights import PackWeightsPass
+from .positions import PositionsPass
 from .resolve_attention import ResolveAttentionPass
 from .resolve_dim_order import ResolveDimOrderPass
 from .resolve_int4_linear import ResolveInt4LinearPass
@@ -37,9 +39,11 @@ __all__ = [
     "FuseGateMulPass",
     "FusePostNormPass",
     "FuseRopeAppendPass",
+    "MergeHeadsPass",
     "MergeLinearsPass",
     "NormBeforeSelectPass",
     "PackWeightsPass",
+    "PositionsPass",
     "ResolveAttentionPass",
     "ResolveDimOrderPass",
     "ResolveInt4LinearPass",
@@ -54,8 +58,8 @@ __all__ = [
 
 
 # The passes that make one kernel of several, by the name that turns one off, in their order. Each
-# stands on its own, but last_norm helps add_rms_norm and post_norm extends it; the last two find
-# more where the linears have been merged.
+# stands on its own, but last_norm helps add_rms_norm and post_norm extends it; gate_mul and
+# rope_append find more where the linears have been merged.
 FUSIONS: dict[str, Callable[[], ExportedProgramPassBase]] = {
     "linears": MergeLinearsPass,
     "last_norm": NormBeforeSelectPass,
@@ -63,6 +67,8 @@ FUSIONS: dict[str, Callable[[], ExportedProgramPassBase]] = {
     "post_norm": FusePostNormPass,
     "gate_mul": FuseGateMulPass,
     "rope_append": FuseRopeAppendPass,
+    "positions": PositionsPass,
+    "merge_heads": MergeHeadsPass,
 }
 
 

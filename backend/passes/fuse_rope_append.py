@@ -15,7 +15,9 @@ from .graph import (
     args_of,
     call_like,
     calls,
+    constant_tensor,
     input_spec,
+    is_constant,
     op_name,
     op_of,
     remove_dead_nodes,
@@ -37,6 +39,7 @@ _POLYNOMIAL = {
 }  # fmt: skip
 _NORM = torch.ops.cuda_int4.rms_norm.default
 _TRIAL_TOKENS = 3  # in the place of a symbolic number of tokens
+_TRIAL_BATCH = 2  # and of sequences
 
 
 class _Site(NamedTuple):
@@ -47,6 +50,7 @@ class _Site(NamedTuple):
     writes: tuple[Node, Node]  # the index_put of keys and that of values
     caches: tuple[Node, Node]
     input_pos: Node
+    by_row: bool  # each sequence has positions of its own: values [B, S, Hkv, D]
 
 
 class FuseRopeAppendPass(ExportedProgramPassBase):
@@ -60,6 +64,13 @@ class FuseRopeAppendPass(ExportedProgramPassBase):
             y = cuda_int4.attention(q, k, v, ...)
     After:  q = cuda_int4.rope_append(k_cache, v_cache, qkv, cos, sin, input_pos, q_norm, k_norm,
                                       Hq, interleaved, eps)
+            y = cuda_int4.attention(q, k_cache, v_cache, ...)
+
+    Several sequences have rows of the caches each, of which the first B take part:
+
+    Before: k = aten.index_put(k_cache, [arange(B).unsqueeze(1), None, input_pos [B, S]], k)
+            y = cuda_int4.attention(q, aten.slice_copy(k, 0, 0, B), ...)
+    After:  q = cuda_int4.rope_append(k_cache, v_cache, ..., cos, sin, input_pos, ...)
             y = cuda_int4.attention(q, k_cache, v_cache, ...)
 
     Either norm may be absent. Without values in qkv [B, S, (Hq + Hkv) * D], v is k before its norm.
@@ -85,9 +96,14 @@ class FuseRopeAppendPass(ExportedProgramPassBase):
                     continue
                 ours = torch.ops.cuda_int4.rope_append.default
                 q = call_like(exported_program, attention, ours, arguments)
-                dead = [site.q, *(write.args[2] for write in site.writes)]
+                dead = [site.q]
+                for write in site.writes:
+                    dead += [node for node in write.all_input_nodes if node not in site.caches]
                 attention.replace_input_with(site.q, q)
                 for write, cache in zip(site.writes, site.caches, strict=True):
+                    for user in list(write.users):
+                        if op_of(user) is aten.slice_copy.Tensor:
+                            replace(user, cache)
                     replace(write, cache)
                 remove_dead_nodes(exported_program, dead)  # type: ignore[arg-type]
                 modified = True
@@ -98,19 +114,34 @@ class FuseRopeAppendPass(ExportedProgramPassBase):
 
 def _match_site(program: ExportedProgram, attention: Node) -> _Site | None:
     """Keys and values that are appended to caches for this attention and nothing else."""
-    q, *writes = args_of(attention)[:3]
-    caches, positions = [], []
-    for write in writes:
+    q, *read = args_of(attention)[:3]
+    caches, positions, writes, by_row = [], [], [], []
+    for write in read:
+        readers = {attention}
+        if op_of(write) is aten.slice_copy.Tensor:  # the rows of the sequences that take part
+            if not _is_first_rows(write, shape_of(q)[0]) or set(write.users) != readers:
+                return None
+            readers = {write}
+            write = write.args[0]
         if op_of(write) is not aten.index_put.default:
             return None
-        cache, indices, values, _ = args_of(write)
+        cache, indices, values, accumulate = args_of(write)
         spec = input_spec(program, cache)
+        by_row.append(len(indices) == 3 and indices[0] is not None)
         expected = in_place_shape(write)
+        if by_row[-1]:
+            is_row = _is_row_numbers(program, indices[0], shape_of(q)[0])
+            fits = is_row and indices[1] is None and not accumulate and len(shape_of(cache)) == 4
+            B, _, S, _ = shape_of(q)
+            expected = [B, S, shape_of(cache)[1], shape_of(cache)[3]] if fits else None
+        elif readers != {attention}:
+            return None
+        writes.append(write)
         if (
             spec is None
             or program.graph_signature.buffers_to_mutate.get(write.name) != spec.target
             or set(cache.users) != {write}
-            or any(user is not attention and user.op != "output" for user in write.users)
+            or any(user not in readers and user.op != "output" for user in write.users)
             or expected is None
             or len(indices) != 3
             or indices[2] is None
@@ -128,7 +159,36 @@ def _match_site(program: ExportedProgram, attention: Node) -> _Site | None:
         return None
     if len(dtypes) != 1 or not dtypes <= set(DTYPES) or writes[0] in args_of(attention)[3:]:
         return None
-    return _Site(attention, q, tuple(writes), tuple(caches), positions[0])
+    if by_row[0] != by_row[1]:
+        return None
+    if by_row[0] and not all(map(_same, shape_of(positions[0]), shape_of(q)[0:3:2])):
+        return None  # not [B, S]
+    return _Site(attention, q, tuple(writes), tuple(caches), positions[0], by_row[0])
+
+
+def _is_first_rows(node: Node, B: object) -> bool:
+    """Whether a slice takes rows 0 .. B - 1, all else whole."""
+    source, dim, start, end, step = args_of(node)
+    is_front = dim % len(shape_of(source)) == 0 and start in (None, 0) and step == 1
+    return is_front and _same(end.meta["val"] if isinstance(end, Node) else end, B)
+
+
+def _is_row_numbers(program: ExportedProgram, node: Node, B: object) -> bool:
+    """Whether ``node`` is 0 .. B - 1, as a column, out of a constant."""
+    if op_name(node) != "aten::unsqueeze_copy" or args_of(node)[1] not in (1, -1):
+        return False
+    rows = node.args[0]
+    assert isinstance(rows, Node)
+    if op_of(rows) is aten.slice_copy.Tensor:
+        if not _is_first_rows(rows, B):
+            return False
+        rows = rows.args[0]  # type: ignore[assignment]
+    elif not _same(shape_of(rows)[0], B):
+        return False
+    if not isinstance(rows, Node) or not is_constant(program, rows):
+        return False
+    numbers = constant_tensor(program, rows)
+    return numbers.dim() == 1 and torch.equal(numbers, torch.arange(len(numbers)))
 
 
 def _match_turn(site: _Site) -> tuple | None:
@@ -141,25 +201,30 @@ def _match_turn(site: _Site) -> tuple | None:
         return None
     q_norm, k_norm, eps = norms
     weights = {weight for weight in (q_norm, k_norm) if weight is not None}
-    sources = [leaf for leaf in leaves if len(shape_of(leaf)) == 3]
-    tables = [leaf for leaf in leaves - weights if len(shape_of(leaf)) == 2]
-    if len(sources) != 1 or len(tables) != 2 or len(leaves) != 3 + len(weights):
+    wide = [(Hq + 2 * Hkv) * D, (Hq + Hkv) * D]
+    sources = [leaf for leaf in leaves if len(shape_of(leaf)) == 3 and shape_of(leaf)[2] in wide]
+    tables = [leaf for leaf in leaves - weights if leaf not in sources]
+    if len(sources) != 1 or len(tables) != 2:
         return None
     (qkv,) = sources
     n_tokens = S if isinstance(S, int) else _TRIAL_TOKENS
-    widths = {shape_of(table)[1] for table in tables}
+    n_batch = B if isinstance(B, int) else _TRIAL_BATCH
+    table_shapes = [shape_of(table) for table in tables]
+    rank = len(table_shapes[0])
+    if rank not in (2, 3) or len(table_shapes[1]) != rank:
+        return None
+    widths = {shape[-1] for shape in table_shapes}
     table_dtypes = {table.meta["val"].dtype for table in tables}
     if (
-        not isinstance(B, int)
-        or shape_of(qkv)[2] not in ((Hq + 2 * Hkv) * D, (Hq + Hkv) * D)
-        or any(list(shape_of(weight)) != [D] for weight in weights)
+        any(list(shape_of(weight)) != [D] for weight in weights)
         or not all(map(_same, (shape_of(qkv)[0], shape_of(qkv)[1]), (B, S)))
         or len(widths) != 1
         or not widths <= {D, D // 2}
         or D % 2
         or len(table_dtypes) != 1
         or not table_dtypes <= {torch.float32, qkv.meta["val"].dtype}
-        or not all(_same(shape_of(table)[0], S) for table in tables)
+        or not all(_same(shape[-2], S) for shape in table_shapes)
+        or (rank == 3 and not all(_same(shape[0], B) for shape in table_shapes))
     ):
         return None
     generator = torch.Generator().manual_seed(0)
@@ -167,16 +232,24 @@ def _match_turn(site: _Site) -> tuple | None:
     def drawn(node: Node, *shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(node.meta["val"].dtype)
 
-    values = {qkv: drawn(qkv, B, n_tokens, int(shape_of(qkv)[2]))}
-    values.update({table: drawn(table, n_tokens, *widths) for table in tables})
+    values = {qkv: drawn(qkv, n_batch, n_tokens, int(shape_of(qkv)[2]))}
+    table_shape = (*(n_batch,) * (rank - 2), n_tokens, *widths)
+    values.update({table: drawn(table, *table_shape) for table in tables})
     values.update({weight: drawn(weight, D) for weight in (q_norm, k_norm) if weight in weights})
-    found = _computed(nodes, dict(values), S, n_tokens, targets)  # type: ignore[arg-type]
+    sizes = [(S, n_tokens), (B, n_batch)]
+    found = _computed(nodes, dict(values), sizes, targets)  # type: ignore[arg-type]
     if found is None:
         return None
+    if site.by_row:  # [B, S, Hkv, D] as index_put takes them
+        found[1:] = [x.transpose(1, 2) for x in found[1:]]
+    input_pos = torch.arange(n_tokens)
+    if site.by_row:
+        input_pos = input_pos.repeat(n_batch, 1)
     for cos, sin in (tables, tables[::-1]):
         for interleaved in (False, True):
-            caches = [torch.zeros(B, Hkv, n_tokens, D, dtype=found[0].dtype) for _ in range(2)]
-            given = (values[qkv], values[cos], values[sin], torch.arange(n_tokens))
+            cache_shape = (n_batch, Hkv, n_tokens, D)
+            caches = [torch.zeros(cache_shape, dtype=found[0].dtype) for _ in range(2)]
+            given = (values[qkv], values[cos], values[sin], input_pos)
             drawn_norms = [None if norm is None else values[norm] for norm in (q_norm, k_norm)]
             rest = (Hq, interleaved, eps)
             q = torch.ops.cuda_int4.rope_append(*caches, *given, *drawn_norms, *rest)
@@ -231,18 +304,17 @@ def _between(targets: tuple[Node, ...]) -> tuple[list[Node], set[Node]]:
 def _computed(
     nodes: list[Node],
     values: dict[Node, torch.Tensor],
-    S: object,
-    n_tokens: int,
+    sizes: list[tuple[Any, int]],
     targets: tuple[Node, ...],
 ) -> list[torch.Tensor] | None:
-    """The targets' values, with ``n_tokens`` for every size that is ``S``."""
+    """The targets' values, with a number for every size that is in ``sizes``."""
 
     def concrete(arg: Any) -> Any:
         if isinstance(arg, torch.fx.Node):
             if arg in values:
                 return values[arg]
-            size = arg.meta.get("val")
-            return n_tokens if statically_known_true(size == S) else None
+            value = arg.meta.get("val")
+            return next((n for size, n in sizes if _same(size, value)), None)
         return arg
 
     known: dict[Node, Any] = values  # type: ignore[assignment]
@@ -252,7 +324,7 @@ def _computed(
         try:
             known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         except (RuntimeError, TypeError, ValueError):
-            return None  # a size that S alone does not give
+            return None  # a size that these do not give
     return [known[target] for target in targets]
 
 

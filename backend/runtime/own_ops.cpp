@@ -11,6 +11,7 @@
 #include "execution.h"
 #include "op_arguments.h"
 #include "shared_activation.h"
+#include "tensor_bridge.h"
 
 namespace cuda_int4 {
 
@@ -85,11 +86,14 @@ void linear_out(KernelRuntimeContext& context, Span<EValue*> stack) {
          run_op(context, args, &validate_linear, &linear_scratch_bytes, &linear, stack[0]));
 }
 
-// attention(q, k, v, mask?, scale, is_causal, softcap, *, out)
+// attention(q, k, v, mask?, scale, is_causal, softcap, input_pos?, window, merge_heads, k_scale?,
+//           v_scale?, *, out)
 void attention_out(KernelRuntimeContext& context, Span<EValue*> stack) {
-  // In files from before the soft cap, argument 6 is out.
+  // In files from before the soft cap, argument 6 is out; before positions, 7 of 8 or 9.
   const bool has_softcap = stack.size() < 7 || stack[6] == nullptr || !stack[6]->isTensor();
-  OpArguments a("attention.out", stack, has_softcap ? 8 : 7);
+  const bool has_positions = has_softcap && stack.size() > 9;
+  const size_t out = has_positions ? 12 : has_softcap ? 7 : 6;
+  OpArguments a("attention.out", stack, out + 1);
   AttentionArgs args{};
   args.q = a.tensor(0);
   args.k = a.tensor(1);
@@ -98,7 +102,22 @@ void attention_out(KernelRuntimeContext& context, Span<EValue*> stack) {
   args.scale = a.number(4);
   args.is_causal = a.boolean(5);
   if (has_softcap) args.softcap = a.number(6);
-  args.y = a.out(has_softcap ? 7 : 6, args.q);
+  args.input_pos = has_positions ? a.optional_tensor(7) : absent_view();
+  args.k_scale = has_positions ? a.optional_tensor(10) : absent_view();
+  args.v_scale = has_positions ? a.optional_tensor(11) : absent_view();
+  if (has_positions) {
+    args.window = a.integer(8);
+    args.merge_heads = a.boolean(9);
+  }
+  if (args.merge_heads && args.q.ndim == 4) {
+    const int64_t* q_sizes = args.q.sizes;
+    int64_t width = 0;
+    if (__builtin_mul_overflow(q_sizes[1], q_sizes[3], &width)) width = -1;
+    const int64_t sizes[] = {q_sizes[0], q_sizes[2], width};
+    args.y = a.out(out, sizes, 3);
+  } else {
+    args.y = a.out(out, args.q);
+  }
   if (a.error() != Error::Ok) return context.fail(a.error());
   finish(context, run_op(context, args, &validate_attention, &attention_scratch_bytes, &attention));
 }
@@ -157,9 +176,9 @@ void gate_mul_out(KernelRuntimeContext& context, Span<EValue*> stack) {
 }
 
 // rope_append(k_cache!, v_cache!, qkv, cos, sin, input_pos, q_norm?, k_norm?, n_heads, interleaved,
-//             eps, *, out)
+//             eps, k_scale!?, v_scale!?, *, out)
 void rope_append_out(KernelRuntimeContext& context, Span<EValue*> stack) {
-  OpArguments a("rope_append.out", stack, 12);
+  OpArguments a("rope_append.out", stack, 14);
   RopeAppendArgs args{};
   args.k_cache = a.tensor(0);
   args.v_cache = a.tensor(1);
@@ -172,12 +191,14 @@ void rope_append_out(KernelRuntimeContext& context, Span<EValue*> stack) {
   args.n_heads = a.integer(8);
   args.interleaved = a.boolean(9);
   args.eps = a.number(10);
+  args.k_scale = a.optional_tensor(11);
+  args.v_scale = a.optional_tensor(12);
   if (a.error() == Error::Ok && args.qkv.ndim == 3 && args.k_cache.ndim == 4) {
     const int64_t sizes[] = {args.qkv.sizes[0], args.n_heads, args.qkv.sizes[1],
                              args.k_cache.sizes[3]};
-    args.q = a.out(11, sizes, 4);
+    args.q = a.out(13, sizes, 4);
   } else {
-    args.q = a.tensor(11);  // the validator says what is wrong with the others
+    args.q = a.tensor(13);  // the validator says what is wrong with the others
   }
   if (a.error() != Error::Ok) return context.fail(a.error());
   finish(context,

@@ -11,7 +11,7 @@ using namespace cuda_int4;
 int main() {
   PRINT(TensorView, strides);
   PRINT(LinearArgs, out_features);
-  PRINT(AttentionArgs, softcap);
+  PRINT(AttentionArgs, merge_heads);
   PRINT(RmsNormArgs, eps);
   PRINT(SiluArgs, y);
   PRINT(SampleRow, step);

@@ -99,6 +99,11 @@ class Case:
     layout: str = "dense"
     scale: float | None = None
     softcap: float = 0.0
+    positions: str = ""  # shape of input_pos, "S" or "BS"; "": none
+    pos_dtype: torch.dtype = torch.int64
+    window: int = 0
+    merge_heads: bool = False
+    int8: bool = False  # keys and values
 
 
 def load_native() -> ModuleType:
@@ -149,11 +154,12 @@ class Kernel:
 
     def args(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, y: Tensor, scale: float,
-        is_causal: bool = False, softcap: float = 0.0,
+        is_causal: bool = False, softcap: float = 0.0, input_pos: Tensor | None = None,
+        window: int = 0, merge_heads: bool = False, scales: tuple = (None, None),
     ) -> ctypes.Structure:  # fmt: skip
         """AttentionArgs; k and v may be views of one cache."""
-        views = [self.native.tensor_view(part) for part in (q, k, v, mask, y)]
-        return self.native.AttentionArgs(*views, scale, is_causal, softcap)
+        views = [self.native.tensor_view(part) for part in (q, k, v, mask, input_pos, *scales, y)]
+        return self.native.AttentionArgs(*views, scale, is_causal, softcap, window, merge_heads)
 
     def scratch_bytes(self, args: ctypes.Structure) -> int:
         """What the op asks for."""
@@ -216,29 +222,84 @@ def make_mask(case: Case, generator: random.Random) -> Tensor | None:
     return values.masked_fill(~full, low).to(case.dtype)
 
 
+def make_positions(case: Case, generator: random.Random) -> Tensor | None:
+    """Positions of the case's shape: one after the other, from anywhere, the last ones repeated."""
+    if not case.positions:
+        return None
+    rows = []
+    for _ in range(case.B if case.positions == "BS" else 1):
+        first = generator.randrange(max(1, case.T - case.S + 1))
+        n = generator.randint(1, case.S) if case.positions == "BS" else case.S
+        row = [min(first + s, case.T - 1) for s in range(n)]
+        rows.append(row + [row[-1]] * (case.S - n))
+    if generator.random() < 0.2:  # sees nothing, or everything
+        rows[0][0] = generator.choice((-1, case.T + 5))
+    input_pos = torch.tensor(rows, dtype=case.pos_dtype, device="cuda")
+    return input_pos if case.positions == "BS" else input_pos[0]
+
+
+def seen_by_position(case: Case, input_pos: Tensor) -> Tensor:
+    """Which keys a query sees, [1 or B, 1, S, T]."""
+    pos = input_pos.view(-1, 1, case.S, 1)
+    keys = torch.arange(case.T, device="cuda")
+    seen = keys <= pos
+    return seen & (keys > pos - case.window) if case.window else seen
+
+
+def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Int8 like x, and the scale of each row."""
+    scale = x.float().abs().amax(-1) / 127
+    codes = torch.empty_like(x, dtype=torch.int8)
+    codes.copy_((x.float() / scale.unsqueeze(-1)).round())
+    return codes, scale.contiguous()
+
+
 def capped(scores: Tensor, softcap: float) -> Tensor:
     """Scores of a model with a soft cap, or as they were."""
     return softcap * torch.tanh(scores / softcap) if softcap else scores
 
 
-def exact_attention(
-    case: Case, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+@dataclass(frozen=True)
+class Operands:
+    """What one call reads."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    input_pos: Tensor | None
+    scales: tuple[Tensor | None, Tensor | None]  # with int8 keys and values
+    scale: float
+
+    def values(self) -> list[Tensor]:
+        """Keys and values in float64, those that are NaN as 0."""
+        return [
+            (
+                x.double() if scale is None else x.double() * scale.double().unsqueeze(-1)
+            ).nan_to_num()
+            for x, scale in zip((self.k, self.v), self.scales, strict=True)
+        ]
+
+
+def exact_attention(case: Case, given: Operands) -> tuple[Tensor, Tensor, Tensor]:
     """The answer in float64, which (b, h, s, t) are seen, and the mask as torch takes it."""
     shape = (case.B, case.Hq, case.S, case.T)
     rep = case.Hq // case.Hkv
+    mask = given.mask
     seen = torch.ones(shape, dtype=torch.bool, device="cuda")
     added = torch.zeros(shape, dtype=torch.float64, device="cuda")
     if case.is_causal:
         seen &= torch.ones(case.S, case.T, dtype=torch.bool, device="cuda").tril()
+    if given.input_pos is not None:
+        seen &= seen_by_position(case, given.input_pos)
     if mask is not None and mask.dtype == torch.bool:
         seen &= mask
     elif mask is not None:
         added += mask.double()
         seen &= mask != float("-inf")
     added.masked_fill_(~seen, float("-inf"))
-    k, v = (x.double().nan_to_num().repeat_interleave(rep, 1) for x in (k, v))
-    scores = capped(q.double() @ k.transpose(-1, -2) * scale, case.softcap)
+    k, v = (x.repeat_interleave(rep, 1) for x in given.values())
+    scores = capped(given.q.double() @ k.transpose(-1, -2) * given.scale, case.softcap)
     y = torch.softmax(scores + added, -1).nan_to_num() @ v
     return y, seen, added.to(case.dtype)
 
@@ -262,40 +323,62 @@ class Checker:
             if len(self.failures) <= MAX_PRINTED:
                 print("WRONG", what, flush=True)
 
-    def operands(self, case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float]:
-        """Fresh q, k, v, mask and the scale."""
+    def operands(self, case: Case) -> Operands:
+        """Fresh ones."""
         shapes = [(case.B, case.Hq, case.S, case.D), *[(case.B, case.Hkv, case.T, case.D)] * 2]
         q, k, v = (laid_out(shape, case.layout, case.dtype) for shape in shapes)
         scale = case.D**-0.5 if case.scale is None else case.scale
-        return q, k, v, make_mask(case, self.generator), scale
+        mask = make_mask(case, self.generator)
+        input_pos = make_positions(case, self.generator)
+        if not case.int8:
+            return Operands(q, k, v, mask, input_pos, (None, None), scale)
+        (k, k_scale), (v, v_scale) = quantized(k), quantized(v)
+        return Operands(q, k, v, mask, input_pos, (k_scale, v_scale), scale)
+
+    def args(self, case: Case, given: Operands, y: Tensor) -> ctypes.Structure:
+        """The arguments of the op; y [B, Hq, S, D] or, in memory the same count, merged."""
+        if case.merge_heads:
+            y = y.view(case.B, case.S, case.Hq * case.D)
+        return self.kernel.args(
+            given.q, given.k, given.v, given.mask, y, given.scale, case.is_causal, case.softcap,
+            given.input_pos, case.window, case.merge_heads, given.scales,
+        )  # fmt: skip
 
     def check(self, case: Case) -> None:
         """One call, twice: right, inside its bounds, and the same bits again."""
-        q, k, v, mask, scale = self.operands(case)
-        exact, seen, added = exact_attention(case, q, k, v, mask, scale)
-        by_torch = self.by_torch(case, q, k, v, added, scale)
+        given = self.operands(case)
+        exact, seen, added = exact_attention(case, given)
+        by_torch = self.by_torch(case, given, added)
         # What no query of a key head sees is NaN from here on.
         n_rows = case.Hq // case.Hkv * case.S
         unseen = ~seen.view(case.B, case.Hkv, n_rows, case.T).any(2)
-        k[unseen], v[unseen] = float("nan"), float("nan")
+        if case.positions:  # keys between the first and the last that are seen may be read
+            unseen = (
+                unseen.cummin(-1).values | unseen.flip(-1).cummin(-1).values.flip(-1)
+            ) & unseen
+        for poisoned in given.scales if case.int8 else (given.k, given.v):
+            poisoned[unseen] = float("nan")
 
         n = exact.numel()
         guarded = torch.full((n + 2 * GUARD_ELEMS,), float("nan"), dtype=case.dtype, device="cuda")
-        y = guarded[GUARD_ELEMS : GUARD_ELEMS + n].view(exact.shape)
-        args = self.kernel.args(q, k, v, mask, y, scale, case.is_causal, case.softcap)
+        memory = guarded[GUARD_ELEMS : GUARD_ELEMS + n]
+        args = self.args(case, given, memory.view(exact.shape))
         n_scratch = self.kernel.scratch_bytes(args)
         results = []
         for _ in range(2):
             guarded.fill_(float("nan"))
             scratch = torch.full((n_scratch + 64,), NAN_BYTE, dtype=torch.uint8, device="cuda")
             code, message = self.kernel(args, scratch[:n_scratch])
-            results.append(y.clone())
+            results.append(memory.clone())
             clean = bool((scratch[n_scratch:] == NAN_BYTE).all())
             clean &= bool(guarded[:GUARD_ELEMS].isnan().all())
             clean &= bool(guarded[GUARD_ELEMS + n :].isnan().all())
             self.note(code == 0 and clean, f"{case}: code {code}, guards clean {clean} {message}")
         self.note(torch.equal(*results), f"{case}: two calls differ")
 
+        y = memory.view(exact.shape)
+        if case.merge_heads:
+            y = memory.view(case.B, case.S, case.Hq, case.D).transpose(1, 2)
         rows = seen.any(-1)
         self.note(bool((y[~rows] == 0).all()), f"{case}: a row that sees nothing is not 0")
         if not bool(rows.any()):
@@ -308,19 +391,17 @@ class Checker:
         self.note(error <= bound, f"{case}: error {error:.2e}, torch's {torch_error:.2e}")
 
     @staticmethod
-    def by_torch(
-        case: Case, q: Tensor, k: Tensor, v: Tensor, added: Tensor, scale: float
-    ) -> Tensor:
+    def by_torch(case: Case, given: Operands, added: Tensor) -> Tensor:
         """What torch makes of it in the dtype of the case."""
-        rep = case.Hq // case.Hkv
+        rep, scale = case.Hq // case.Hkv, given.scale
         # Dense copies: some of torch's kernels expect q to be aligned, and do not look.
-        q = q.clone(memory_format=torch.contiguous_format)
-        k, v = (x.repeat_interleave(rep, 1) for x in (k, v))
+        q = given.q.clone(memory_format=torch.contiguous_format)
+        k, v = (x.to(case.dtype).repeat_interleave(rep, 1) for x in given.values())
         if case.softcap:  # torch has no such kernel: its ops, with float32 between them
             scores = capped(q.float() @ k.float().transpose(-1, -2) * scale, case.softcap)
             p = torch.softmax(scores + added.float(), -1)
             return p.to(case.dtype) @ v
-        needed = case.mask != "none" or case.is_causal
+        needed = case.mask != "none" or case.is_causal or case.positions
         call = partial(torch_attention, q, k, v, added if needed else None, scale=scale)
         try:
             return call()
@@ -337,37 +418,57 @@ class Checker:
         right = code == UNSUPPORTED and "520" in message and bool(y.isnan().all())
         self.note(right, f"refusal of D=520: code {code}, {message}")
 
-    def check_graph(self, dtype: torch.dtype) -> None:
-        """One captured call follows a mask that grows: the decode step of a model with a cache."""
-        B, Hq, Hkv, T, D = 1, 8, 2, 640, 128
+    def check_graph(self, dtype: torch.dtype, positions: str = "", int8: bool = False) -> None:
+        """One captured call follows a mask, or positions, that grow: the step of a decoder."""
+        B, Hq, Hkv, T, D = (2 if positions == "BS" else 1), 8, 2, 2640, 128
         q = torch.randn(B, Hq, 1, D, device="cuda").to(dtype)
         k, v = torch.full((2, B, Hkv, T, D), float("nan"), dtype=dtype, device="cuda")
         mask = torch.zeros(1, T, dtype=torch.bool, device="cuda")
         y = torch.empty_like(q)
-        args = self.kernel.args(q, k, v, mask, y, D**-0.5)
+        case = Case(B, Hq, Hkv, 1, T, D, dtype, positions=positions, int8=int8)
+        given = Operands(q, k, v, mask, None, (None, None), D**-0.5)
+        if positions:
+            shape = (B, 1) if positions == "BS" else (1,)
+            input_pos = torch.zeros(shape, dtype=torch.int64, device="cuda")
+            given = replace(given, mask=None, input_pos=input_pos)
+        if int8:
+            k, v = torch.zeros((2, B, Hkv, T, D), dtype=torch.int8, device="cuda")
+            k_scale, v_scale = torch.full((2, B, Hkv, T), float("nan"), device="cuda")
+            given = replace(given, k=k, v=v, scales=(k_scale, v_scale))
+        args = self.args(case, given, y)
         scratch = torch.empty(self.kernel.scratch_bytes(args), dtype=torch.uint8, device="cuda")
         self.kernel(args, scratch)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self.kernel(args, scratch)
-        for position in (0, 1, 15, 16, 63, 64, 200, T - 1):
-            k[:, :, : position + 1].normal_()
-            v[:, :, : position + 1].normal_()
+        for position in (0, 1, 15, 16, 63, 64, 200, 255, 256, 1023, T - 1, 700):
+            for x in (given.k, given.v):
+                seen = x[:, :, : position + 1]
+                if int8:
+                    seen.copy_(torch.randint(-127, 128, seen.shape, device="cuda"))
+                else:
+                    seen.normal_()
+            if int8:
+                k_scale[:, :, : position + 1].uniform_(0.001, 0.02)
+                v_scale[:, :, : position + 1].uniform_(0.001, 0.02)
             q.normal_()
             mask[:, : position + 1] = True
+            if given.input_pos is not None:
+                given.input_pos.fill_(position)
+                if positions == "BS":
+                    given.input_pos[1] = position // 2
             graph.replay()
-            case = Case(B, Hq, Hkv, 1, T, D, dtype, "bool")
-            exact, *_ = exact_attention(case, q, k, v, mask, D**-0.5)
+            exact, *_ = exact_attention(replace(case, mask="none" if positions else "bool"), given)
             error = float((y.double() - exact).norm() / exact.norm())
             right = error < (1e-5 if dtype == torch.float32 else 1e-2)
-            self.note(right, f"graph at {position}: error {error:.2e}")
+            self.note(right, f"graph {case} at {position}: error {error:.2e}")
 
     def check_replays(self, case: Case) -> None:
         """One captured call gives the same bits in every replay, whatever stood in its memory."""
-        q, k, v, mask, scale = self.operands(case)
-        y = torch.empty(q.shape, dtype=case.dtype, device="cuda")
-        args = self.kernel.args(q, k, v, mask, y, scale, case.is_causal, case.softcap)
+        given = self.operands(case)
+        y = torch.empty(given.q.shape, dtype=case.dtype, device="cuda")
+        args = self.args(case, given, y)
         n_scratch = self.kernel.scratch_bytes(args)
         scratch = torch.empty(n_scratch, dtype=torch.uint8, device="cuda")
         self.kernel(args, scratch)
@@ -400,6 +501,40 @@ def decode_cases() -> list[Case]:
     cases.append(Case(4, 32, 8, 1, 4096, 128, torch.float16, "bool", "BT", "window"))
     cases.append(Case(1, 32, 16, 1, 8192, 256, torch.bfloat16, "bool", "ST", "window"))
     cases.append(Case(2, 32, 4, 1, 3000, 512, torch.bfloat16, "none"))
+    return cases
+
+
+def position_cases() -> list[Case]:
+    """Positions in the place of a mask, windows, int8 keys and values, either order of y."""
+    cases: list[Case] = []
+    for dtype in HALF_DTYPES:
+        for D in (64, 96, 128, 256, 512):
+            for Hq, Hkv in ((4, 4), (8, 4), (8, 2), (8, 1), (16, 1), (10, 2), (12, 4)):
+                for S, T in ((1, 128), (1, 1000), (1, 5000), (2, 640), (5, 332), (16, 777)):
+                    n = len(cases)
+                    case = Case(
+                        B=(1, 3, 2)[n % 3], Hq=Hq, Hkv=Hkv, S=S, T=T, D=D, dtype=dtype,
+                        layout=LAYOUTS[n % 3], softcap=(0.0, 0.0, 0.0, 2.0)[n % 4],
+                        positions=("S", "BS")[n % 2],
+                        pos_dtype=(torch.int64, torch.int32)[n % 5 % 2],
+                        window=(0, 0, 1, 17, 64, 300)[n % 6], merge_heads=n % 7 % 2 == 0,
+                        int8=n % 11 % 2 == 0,
+                    )  # fmt: skip
+                    cases += [case, replace(case, int8=not case.int8, window=0)]
+    for dtype in DTYPES:  # other kernels: prompts, odd head sizes, float32, no alignment
+        for D in (20, 64, 128, 256, 512):
+            for S, T in ((1, 300), (20, 300), (257, 1000), (384, 384)):
+                n = len(cases)
+                case = Case(
+                    B=(1, 2)[n % 2], Hq=12, Hkv=4, S=S, T=T, D=D, dtype=dtype,
+                    layout=LAYOUTS[n % 4], positions=("S", "BS")[n % 2],
+                    window=(0, 0, 1, 100)[n % 4], merge_heads=n % 3 == 0,
+                )  # fmt: skip
+                cases += [case, replace(case, int8=True)]
+    cases.append(Case(1, 64, 8, 1, 33000, 128, positions="S"))
+    cases.append(Case(16, 32, 8, 1, 2048, 128, positions="BS", merge_heads=True))
+    cases.append(Case(16, 32, 8, 1, 2048, 128, positions="BS", int8=True))
+    cases.append(Case(40, 32, 8, 1, 200, 128, positions="BS"))
     return cases
 
 
@@ -491,6 +626,7 @@ def run_all(checker: Checker, quick: bool) -> None:
     """Every group of cases."""
     groups: dict[str, list[Case]] = {
         "decode": decode_cases(),
+        "positions, windows, int8": position_cases(),
         "prefill": prefill_cases(),
         "prefill of many heads": large_cases(),
         "masks, strides, head sizes": shape_cases(),
@@ -511,7 +647,9 @@ def run_all(checker: Checker, quick: bool) -> None:
         print(f"{name}: {len(cases)} cases  {verdict}", flush=True)
     checker.check_refusals()
     for dtype in DTYPES:
-        checker.check_graph(dtype)
+        for positions in ("", "S", "BS"):
+            checker.check_graph(dtype, positions)
+        checker.check_graph(dtype, "BS", int8=True)
 
 
 # ---- times ----
@@ -539,48 +677,71 @@ def microseconds(calls: Sequence[Callable[[], object]]) -> float:
     return statistics.median(times[3:])
 
 
-def time_decode(kernel: Kernel) -> None:
-    """Decode steps: caches rotated through more than four times the L2."""
-    print("\n| decode, bf16 | T | keys seen | us | torch us | KV MB | share of 4.3 TB/s |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
-    for name, Hq, Hkv, D, T, n_seen, window in (
-        ("Llama-3-8B", 32, 8, 128, 8192, 128, 0),
-        ("Llama-3-8B", 32, 8, 128, 8192, 2048, 0),
-        ("Llama-3-8B", 32, 8, 128, 8192, 8192, 0),
-        ("Llama-3-8B", 32, 8, 128, 2048, 2048, 0),
-        ("Llama-3-8B", 32, 8, 128, 32768, 32768, 0),
-        ("Llama-3-70B", 64, 8, 128, 8192, 8192, 0),
-        ("Gemma-4-31B sliding", 32, 16, 256, 8192, 8192, 1024),
-        ("Gemma-4-31B full", 32, 4, 512, 8192, 128, 0),
-        ("Gemma-4-31B full", 32, 4, 512, 8192, 8192, 0),
-    ):
+def time_decode(kernel: Kernel, rows: Sequence[tuple] = ()) -> None:
+    """Decode steps at their positions; caches rotated through more than four times the L2.
+
+    The bytes are those of the keys and values that are seen, each once, with their scales.
+    """
+    print(
+        "\n| decode, bf16 | B | cache | T | keys seen | us | torch us | KV MB | share of 4.3 TB/s |"
+    )
+    print("| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    llama = ("Llama-3-8B", 32, 8, 128)
+    many = [(*llama, 1, 8704, n, 0, int8) for int8 in (False, True) for n in (128, 2048, 8192)]
+    many += [(*llama, 1, 32768, 32768, 0, int8) for int8 in (False, True)]
+    many += [(*llama, 16, 8704, n, 0, int8) for int8 in (False, True) for n in (128, 2048, 8192)]
+    many += [(*llama, 16, 32768, 32768, 0, int8) for int8 in (False, True)]
+    many += [
+        ("Llama-3-70B", 64, 8, 128, 1, 8704, 128, 0, False),
+        ("Llama-3-70B", 64, 8, 128, 1, 8704, 8192, 0, False),
+        ("Gemma-4-31B sliding", 32, 16, 256, 1, 8704, 128, 1024, False),
+        ("Gemma-4-31B sliding", 32, 16, 256, 1, 8704, 8192, 1024, False),
+        ("Gemma-4-31B full", 32, 4, 512, 1, 8704, 128, 0, False),
+        ("Gemma-4-31B full", 32, 4, 512, 1, 8704, 8192, 0, False),
+    ]
+    for name, Hq, Hkv, D, B, T, context, window, int8 in rows or many:
         dtype = torch.bfloat16
-        n_copies = max(2, -(-(256 << 20) // (4 * Hkv * T * D)))
-        q = torch.randn(1, Hq, 1, D, device="cuda").to(dtype)
-        caches = [torch.randn(2, 1, Hkv, T, D, device="cuda").to(dtype) for _ in range(n_copies)]
-        mask = (torch.arange(T, device="cuda") < n_seen)[None]
-        if window:
-            mask &= torch.arange(T, device="cuda") >= n_seen - window
+        n_seen = min(window or context, context)
+        n_bytes = 2 * B * Hkv * n_seen * (D + 4 if int8 else 2 * D)
+        cache_bytes = 2 * B * Hkv * T * (D + 4 if int8 else 2 * D)
+        n_copies = max(2, min(256, -(-(256 << 20) // n_bytes), (24 << 30) // cache_bytes))
+        q = torch.randn(B, Hq, 1, D, device="cuda").to(dtype)
+        input_pos = torch.full((B, 1), context - 1, device="cuda")
         y = torch.empty_like(q)
-        all_args: list = [kernel.args(q, cache[0], cache[1], mask, y, D**-0.5) for cache in caches]
-        n_scratch = kernel.scratch_bytes(all_args[0])
-        scratch = torch.empty(n_scratch, dtype=torch.uint8, device="cuda")
+        shape = (2, B, Hkv, T, D)
+        all_args, caches = [], []
+        for _ in range(n_copies):
+            scales: Any = (None, None)
+            cache = torch.zeros(shape, dtype=torch.int8 if int8 else dtype, device="cuda")
+            if int8:
+                cache[:, :, :, :context].random_(-127, 128)
+                scales = torch.rand(shape[:-1], device="cuda") / 100
+            else:
+                cache[:, :, :, :context].normal_()
+            caches.append((cache, scales))
+            all_args.append(
+                kernel.args(
+                    q, *cache, None, y, D**-0.5, False, 0.0, input_pos, window, False, scales
+                )
+            )
+        scratch = torch.empty(kernel.scratch_bytes(all_args[0]), dtype=torch.uint8, device="cuda")
         calls = [partial(kernel, args, scratch) for args in all_args]
         ours = microseconds(calls * max(1, 16 // n_copies))
-        seen = slice(n_seen - window if window else 0, n_seen)
-        # torch reads a cache cut to what is seen: no mask, which it would read the whole cache for.
-        torch_calls = [
-            partial(torch_attention, q, cache[0, :, :, seen], cache[1, :, :, seen], enable_gqa=True)
-            for cache in caches
-        ]
-        theirs = microseconds(torch_calls * max(1, 16 // n_copies))
-        n_bytes = 4 * Hkv * int(mask.sum()) * D
+        seen = slice(context - n_seen, context)
+        theirs = "-"
+        if not int8:  # torch reads a cache cut to what is seen
+            torch_calls = [
+                partial(torch_attention, q, *cache[:, :, :, seen], enable_gqa=True)
+                for cache, _ in caches
+            ]
+            theirs = f"{microseconds(torch_calls * max(1, 16 // n_copies)):.1f}"
         share = n_bytes / 4.3e12 / ours * 1e6
         print(
-            f"| {name} | {T} | {int(mask.sum())} | {ours:.1f} | {theirs:.1f} | "
-            f"{n_bytes / 1e6:.1f} | {share:.2f} |",
+            f"| {name} | {B} | {'int8' if int8 else 'bf16'} | {T} | {n_seen} | {ours:.1f} | "
+            f"{theirs} | {n_bytes / 1e6:.1f} | {share:.2f} |",
             flush=True,
         )
+        del caches, all_args, calls
 
 
 def time_prefill(kernel: Kernel) -> None:

@@ -2,9 +2,11 @@
 //
 //   operand  dtype            shape             order in memory
 //   q        f16, bf16, f32   [B, Hq, S, D]     last dimension contiguous
-//   k, v     dtype of q       [B, Hkv, T, D]    last dimension contiguous
+//   k, v     dtype of q | i8  [B, Hkv, T, D]    last dimension contiguous
+//   k_scale, v_scale  f32     [B, Hkv, T]       contiguous; with i8: the value of a key is k * k_scale
 //   mask     bool | of q      [B, Hq, S, T]     any strides, 0 where broadcast
-//   y (out)  dtype of q       [B, Hq, S, D]     contiguous
+//   input_pos  i32 | i64      [S] | [B, S]      contiguous; keys seen: pos - window < t <= pos
+//   y (out)  dtype of q       [B, Hq, S, D]     last dimension contiguous
 //
 // One pass over the keys in tiles (online softmax): no score matrix, no scratch. The rows of all
 // query heads that share a key head go together, so a tile is converted to float32 once for them.
@@ -43,6 +45,40 @@ static void load_rows(const T* from, int64_t row_stride, int64_t n_rows, int64_t
       S::store(to + r * D_pad + d, load_partial<S>(from + r * row_stride + d, D - d));
     }
   }
+}
+
+// Rows t0 .. t0 + n_rows - 1 of keys or values; int8 ones times their scales.
+template <class S, class T>
+static void load_keys(const void* from, const int64_t* strides, const float* scale,
+                      const AttentionJob& job, int64_t b, int64_t hkv, int64_t t0, int64_t n_rows,
+                      int64_t D_pad, float* to) {
+  const int64_t at = b * strides[0] + hkv * strides[1] + t0 * strides[2];
+  if (scale == nullptr) {
+    load_rows<S>(static_cast<const T*>(from) + at, strides[2], n_rows, job.D, D_pad, to);
+    return;
+  }
+  const int8_t* bytes = static_cast<const int8_t*>(from) + at;
+  scale += (b * job.Hkv + hkv) * job.T + t0;
+  for (int64_t r = 0; r < n_rows; ++r) {
+    for (int64_t d = 0; d < job.D; ++d)
+      to[r * D_pad + d] = static_cast<float>(bytes[r * strides[2] + d]) * scale[r];
+    for (int64_t d = job.D; d < D_pad; ++d) to[r * D_pad + d] = 0.f;
+  }
+}
+
+struct KeyRange {  // the keys begin .. end - 1
+  int64_t begin, end;
+};
+
+// What query s of b sees as far as its position says.
+static inline KeyRange key_range(const AttentionJob& job, int64_t b, int64_t s) {
+  if (job.input_pos == nullptr) return {0, job.is_causal ? smaller(s + 1, job.T) : job.T};
+  const int64_t at = b * job.pos_stride + s;
+  const int64_t pos = job.pos_is_int64 ? static_cast<const int64_t*>(job.input_pos)[at]
+                                       : static_cast<const int32_t*>(job.input_pos)[at];
+  if (pos < 0) return {0, 0};
+  const int64_t begin = job.window > 0 && pos >= job.window ? pos - job.window + 1 : 0;
+  return {smaller(begin, job.T), pos < job.T ? pos + 1 : job.T};
 }
 
 template <class T>
@@ -92,7 +128,7 @@ static void attention_rows(const AttentionJob& job, int64_t b, int64_t hkv, int6
   const int64_t rep = job.Hq / job.Hkv, D = job.D;
   const int64_t D_pad = ceil_div(D, S::kLanes) * S::kLanes;
   AttentionState state;
-  int64_t last_key = job.is_causal ? 0 : job.T;  // end of the keys that any row sees
+  KeyRange seen[kAttentionRows], any = {job.T, 0};  // `any`: from the first key of a row to the last
   for (int64_t r = 0; r < n_rows; ++r) {
     const int64_t h = hkv * rep + (row_begin + r) / job.S, s = (row_begin + r) % job.S;
     load_rows<S>(static_cast<const T*>(job.q) + b * job.q_strides[0] + h * job.q_strides[1] +
@@ -101,19 +137,20 @@ static void attention_rows(const AttentionJob& job, int64_t b, int64_t hkv, int6
     for (int64_t d = 0; d < D_pad; ++d) state.sum_pv[r * D_pad + d] = 0.f;
     state.top[r] = kMinusInfinity;
     state.sum_p[r] = 0.f;
-    if (job.is_causal) last_key = larger(last_key, smaller(s + 1, job.T));
+    seen[r] = key_range(job, b, s);
+    if (seen[r].begin >= seen[r].end) continue;
+    any = {smaller(any.begin, seen[r].begin), larger(any.end, seen[r].end)};
   }
-  const T* k = static_cast<const T*>(job.k) + b * job.k_strides[0] + hkv * job.k_strides[1];
-  const T* v = static_cast<const T*>(job.v) + b * job.v_strides[0] + hkv * job.v_strides[1];
 
-  for (int64_t t0 = 0; t0 < last_key; t0 += kTileKeys) {
-    const int64_t n_keys = smaller(kTileKeys, last_key - t0);
-    load_rows<S>(k + t0 * job.k_strides[2], job.k_strides[2], n_keys, D, D_pad, state.tile);
+  // Tiles begin at multiples of their size, so that a window adds in the order of a mask.
+  for (int64_t t0 = any.begin / kTileKeys * kTileKeys; t0 < any.end; t0 += kTileKeys) {
+    const int64_t n_keys = smaller(kTileKeys, any.end - t0);
+    load_keys<S, T>(job.k, job.k_strides, job.k_scale, job, b, hkv, t0, n_keys, D_pad, state.tile);
     for (int64_t r = 0; r < n_rows; ++r) {
       const int64_t h = hkv * rep + (row_begin + r) / job.S, s = (row_begin + r) % job.S;
       const float* q = state.q + r * D_pad;
       for (int64_t t = 0; t < kTileKeys; ++t) {
-        if (t >= n_keys || (job.is_causal && t0 + t > s)) {
+        if (t0 + t < seen[r].begin || t0 + t >= seen[r].end) {
           state.scores[r][t] = kMinusInfinity;
           continue;
         }
@@ -126,14 +163,14 @@ static void attention_rows(const AttentionJob& job, int64_t b, int64_t hkv, int6
       }
       softmax_step<S>(&state, r, D_pad);
     }
-    load_rows<S>(v + t0 * job.v_strides[2], job.v_strides[2], n_keys, D, D_pad, state.tile);
+    load_keys<S, T>(job.v, job.v_strides, job.v_scale, job, b, hkv, t0, n_keys, D_pad, state.tile);
     for (int64_t r = 0; r < n_rows; ++r) {
-      const int64_t s = (row_begin + r) % job.S;
-      // Keys a causal row does not see are left out, so that their values cannot spread NaN.
-      const int64_t n_seen = job.is_causal ? smaller(n_keys, s + 1 - t0) : n_keys;
+      // Keys that a row does not see are left out, so that their values cannot spread NaN.
+      const int64_t first = larger(seen[r].begin - t0, 0);
+      const int64_t n_seen = smaller(n_keys, seen[r].end - t0);
       for (int64_t d = 0; d < D_pad; d += S::kLanes) {
         F sum = S::load(state.sum_pv + r * D_pad + d);
-        for (int64_t t = 0; t < n_seen; ++t) {
+        for (int64_t t = first; t < n_seen; ++t) {
           sum = S::fma(S::set1(state.scores[r][t]), S::load(state.tile + t * D_pad + d), sum);
         }
         S::store(state.sum_pv + r * D_pad + d, sum);
@@ -143,7 +180,8 @@ static void attention_rows(const AttentionJob& job, int64_t b, int64_t hkv, int6
 
   for (int64_t r = 0; r < n_rows; ++r) {
     const int64_t h = hkv * rep + (row_begin + r) / job.S, s = (row_begin + r) % job.S;
-    T* y = static_cast<T*>(job.y) + ((b * job.Hq + h) * job.S + s) * D;
+    T* y = static_cast<T*>(job.y) + b * job.y_strides[0] + h * job.y_strides[1] +
+           s * job.y_strides[2];
     const F factor = S::set1(state.sum_p[r] == 0.f ? 0.f : 1.f / state.sum_p[r]);
     for (int64_t d = 0; d < D; d += S::kLanes) {
       store_partial<S>(y + d, S::mul(S::load(state.sum_pv + r * D_pad + d), factor), D - d);

@@ -61,14 +61,20 @@ struct AttentionJob {
   const void* k;
   const void* v;
   const void* mask;  // nullptr, or bool (uint8) or dtype
-  void* y;           // contiguous
-  DType dtype;
+  void* y;
+  DType dtype;       // of q and y
   bool mask_is_bool, is_causal;
   int64_t B, Hq, Hkv, S, T, D;
   int64_t q_strides[3], k_strides[3], v_strides[3];  // of [B, H, S or T]; that of D is 1
+  int64_t y_strides[3];                              // of [B, Hq, S]
   int64_t mask_strides[4];                           // of [B, Hq, S, T]; 0 where broadcast
   float scale;
-  float softcap;  // 0: none
+  float softcap;          // 0: none
+  const void* input_pos;  // nullptr, or int32 | int64: of query s of b at b * pos_stride + s
+  bool pos_is_int64;
+  int64_t pos_stride, window;
+  const float* k_scale;  // nullptr, or [B, Hkv, T]: k and v are int8
+  const float* v_scale;
 };
 
 struct RmsNormJob {

@@ -37,18 +37,49 @@ __device__ __forceinline__ uint32_t bits_of_bools(const uint4& bools) {
   return bits;
 }
 
-// Which of the kKeys (16 or 32) keys from t0 on the row with query position s sees, as bits: those
-// in range, not after s if causal, and not false or minus infinity in the mask. *adds gets those of
-// them to whose score the mask adds something.
+struct KeyRange {  // the keys begin .. end - 1
+  int64_t begin, end;
+};
+
+// What query s of b sees as far as its position says.
+__device__ __forceinline__ KeyRange key_range(const AttentionKernelArgs& p, int64_t b, int64_t s) {
+  if (p.input_pos == nullptr) return {0, p.is_causal && s + 1 < p.T ? s + 1 : p.T};
+  const int64_t at = b * p.pos_stride + s;
+  const int64_t pos = p.pos_is_int64 ? static_cast<const int64_t*>(p.input_pos)[at]
+                                     : static_cast<const int32_t*>(p.input_pos)[at];
+  if (pos < 0) return {0, 0};
+  const int64_t begin = p.window > 0 && pos >= p.window ? pos - p.window + 1 : 0;
+  return {begin < p.T ? begin : p.T, pos < p.T ? pos + 1 : p.T};
+}
+
+// Row (b, h, s) of y by its number.
+template <typename T>
+__device__ __forceinline__ T* find_y_row(const AttentionKernelArgs& p, int64_t row) {
+  const int64_t s = row % p.S, h = row / p.S % p.Hq, b = row / p.S / p.Hq;
+  return static_cast<T*>(p.y) + b * p.y_strides[0] + h * p.y_strides[1] + s * p.y_strides[2];
+}
+
+// Those of `range` among the 32 keys from t0 on, a bit each.
+__device__ __forceinline__ uint32_t bits_in_range(const KeyRange& range, int64_t t0) {
+  const int64_t begin = range.begin - t0, end = range.end - t0;
+  if (end <= 0 || begin >= 32) return 0;
+  const uint32_t before_end = end >= 32 ? 0xffffffffu : (1u << end) - 1;
+  return begin <= 0 ? before_end : before_end & ~((1u << begin) - 1);
+}
+
+// Which of the kKeys (16 or 32) keys from t0 on a row sees, as bits: those in its range, and not
+// false or minus infinity in its mask. *adds gets those of them to whose score the mask adds
+// something.
 template <typename T, int kKeys>
 __device__ __forceinline__ uint32_t seen_keys(const AttentionKernelArgs& p, const void* mask_row,
-                                              int64_t s, int64_t t0, uint32_t* adds = nullptr) {
+                                              const KeyRange& range, int64_t t0,
+                                              uint32_t* adds = nullptr) {
   static_assert(kKeys == 16 || kKeys == 32, "bits of one word");
-  const int64_t end = p.is_causal && s + 1 < p.T ? s + 1 : p.T;
+  const uint32_t all = 0xffffffffu >> (32 - kKeys);
+  if (mask_row == nullptr) return bits_in_range(range, t0) & all;
+  const int64_t end = range.end;  // with a mask they begin at 0
   if (t0 >= end) return 0;
   const int n_keys = end - t0 < kKeys ? static_cast<int>(end - t0) : kKeys;
-  const uint32_t in_range = 0xffffffffu >> (32 - n_keys);
-  if (mask_row == nullptr) return in_range;
   const int64_t stride = p.mask_strides[3];
   uint32_t bits = 0;
   if (p.mask_is_bool) {

@@ -4,14 +4,15 @@
 //   q        f16, bf16, f32   [B, Hq, S, D]     last dimension contiguous        dtype
 //   k, v     dtype of q       [B, Hkv, T, D]    last dimension contiguous        dtype
 //   mask     bool | of q      [B, Hq, S, T]     any strides, 0 where broadcast   dtype
-//   y (out)  dtype of q       [B, Hq, S, D]     contiguous                       dtype
+//   input_pos  i32 | i64      [S] | [B, S]      contiguous                       dtype
+//   y (out)  dtype of q       [B, Hq, S, D]     last dimension contiguous        dtype
 //
 // Requires  Hq % Hkv == 0 (checked by validate_attention), D <= 512
 // Grid      blocks of (32, kWarps) threads; a block takes a row (b, hq, s), rows in strides of the
 //           grid; a warp takes 32 keys of each 32 * kWarps, and the block adds up its warps
 // Bytes     a row reads its keys and values itself: B * Hq * S * T * D * 2 elements, mostly from L2
 // Numerics  fp32 throughout, online softmax over 4 keys at a time, one rounding at the store. Keys
-//           that a row does not see (mask false or -inf, causal) are not read: what lies there, NaN
+//           that a row does not see (mask false or -inf, position) are not read: what lies there, NaN
 //           too, is without effect. A row that sees nothing is 0
 // Source    direct from the formula; takes what the faster kernels do not, and measures them
 #include <cuda_bf16.h>
@@ -30,9 +31,9 @@ constexpr int64_t kMaxBlocks = int64_t{1} << 20;
 
 // Whether the row sees key t, and what the mask adds to its score.
 template <typename T>
-__device__ bool sees_key(const AttentionKernelArgs& p, const void* mask_row, int64_t t, int64_t end,
-                         float* added) {
-  if (t >= end) return false;
+__device__ bool sees_key(const AttentionKernelArgs& p, const void* mask_row, int64_t t,
+                         const KeyRange& range, float* added) {
+  if (t < range.begin || t >= range.end) return false;
   if (mask_row == nullptr) return true;
   if (p.mask_is_bool) return static_cast<const uint8_t*>(mask_row)[t * p.mask_strides[3]] != 0;
   *added = as_float(static_cast<const T*>(mask_row)[t * p.mask_strides[3]]);
@@ -59,16 +60,16 @@ __global__ void __launch_bounds__(32 * kWarps) attention_rows_kernel(AttentionKe
     const T* k = static_cast<const T*>(p.k) + b * p.k_strides[0] + h_kv * p.k_strides[1];
     const T* v = static_cast<const T*>(p.v) + b * p.v_strides[0] + h_kv * p.v_strides[1];
     const void* mask_row = find_mask_row<T>(p, b, h, s);
-    const int64_t end = p.is_causal && s + 1 < p.T ? s + 1 : p.T;
+    const KeyRange range = key_range(p, b, s);
 
     float q[kPerLane], sum_pv[kPerLane] = {}, sum_p = 0.f, top = -INFINITY;
     load_lane<T, kPerLane>(
         static_cast<const T*>(p.q) + b * p.q_strides[0] + h * p.q_strides[1] + s * p.q_strides[2],
         p.D, q);
-    for (int64_t t0 = 32 * threadIdx.y; t0 < end; t0 += 32 * kWarps) {
+    for (int64_t t0 = range.begin / 32 * 32 + 32 * threadIdx.y; t0 < range.end; t0 += 32 * kWarps) {
       float added = 0.f;
       unsigned seen =
-          __ballot_sync(0xffffffffu, sees_key<T>(p, mask_row, t0 + threadIdx.x, end, &added));
+          __ballot_sync(0xffffffffu, sees_key<T>(p, mask_row, t0 + threadIdx.x, range, &added));
       while (seen != 0) {  // the next kKeys of them
         int n_keys = 0, at[kKeys];
         float score[kKeys];
@@ -122,7 +123,7 @@ __global__ void __launch_bounds__(32 * kWarps) attention_rows_kernel(AttentionKe
         total += weight * warp_sums[w][d];
         total_p += weight * warp_stats[w].y;
       }
-      static_cast<T*>(p.y)[row * p.D + d] = from_float<T>(total_p == 0.f ? 0.f : total / total_p);
+      find_y_row<T>(p, row)[d] = from_float<T>(total_p == 0.f ? 0.f : total / total_p);
     }
     __syncthreads();  // the next row writes there
   }

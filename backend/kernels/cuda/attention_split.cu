@@ -3,7 +3,8 @@
 //   operand  dtype           shape             order in memory                           align
 //   q, k, v  f16 | bf16      [B, H, S|T, D]    last dimension contiguous, strides % 8    16 B
 //   mask     bool | of q     [B, Hq, S, T]     any strides, 0 where broadcast            dtype
-//   y (out)  dtype of q      [B, Hq, S, D]     contiguous                                16 B
+//   input_pos  i32 | i64     [S] | [B, S]      contiguous; in the place of a mask        dtype
+//   y (out)  dtype of q      [B, Hq, S, D]     strides % 8                               16 B
 //   scratch  f32             sums [B*Hq*S, n_splits, D], then (top, sum) [B*Hq*S, n_splits, 2]
 //
 // Requires  D % 8 == 0, D <= 512, S <= kMaxQueries   (checked by fits_attention_split)
@@ -17,14 +18,13 @@
 // Numerics  scores, softmax and sums in fp32; exp(score - top) is rounded to the dtype for the
 //           product with v; the order of additions is fixed. A row that sees nothing is 0. Keys
 //           that no row of the item sees have no effect, whatever lies there
-// Source    flash-decoding (Dao et al., 2023); own. Transposed products, scores [keys, rows] =
-//           k @ q.T and y.T = v.T @ p.T, let 8 rows fill a tensor core instruction where the usual
-//           order wants 16, and halve the registers of the sums: 8 rows of D = 512 fit one warp
+// Source    flash-decoding (Dao et al., 2023); own
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include "attention.cuh"
 #include "attention_parts.cuh"
+#include "attention_split.cuh"
 #include "launch_dependent.cuh"
 #include "numeric.cuh"
 #include "ptx.cuh"
@@ -33,7 +33,6 @@ namespace cuda_int4 {
 
 namespace {
 
-constexpr int kTileKeys = 16;      // mma_m of the scores, mma_k of the sums
 constexpr int kStages = 3;         // tiles of a warp in flight or in use
 constexpr int kMaxWarps = 4;       // of a block
 constexpr int kMaxQueries = 32;    // S
@@ -87,171 +86,15 @@ struct MaskRows {
 
   __device__ MaskRows(const AttentionKernelArgs& p, int n_rows) {
     by_row = p.mask != nullptr && p.mask_strides[1] != 0;
-    by_query = !by_row && p.S > 1 && (p.is_causal || (p.mask != nullptr && p.mask_strides[2] != 0));
+    by_query = !by_row && p.S > 1 &&
+               (p.is_causal || p.input_pos != nullptr ||
+                (p.mask != nullptr && p.mask_strides[2] != 0));
     count = by_row ? n_rows : by_query ? static_cast<int>(p.S) : 1;
   }
   __device__ int of(int row_in_block, int s) const {
     return by_row ? row_in_block : by_query ? s : 0;
   }
 };
-
-// The warp's columns of 16 keys and values, from k and v on; keys whose bit is 0 become zeros and
-// are not read. A lane keeps its place d within rows and goes down them; columns from n_columns on
-// are 0.
-template <typename T, typename Shape>
-__device__ __forceinline__ void load_tile(const T* k, const T* v, int64_t k_stride,
-                                          int64_t v_stride, int n_columns, uint32_t bits,
-                                          uint32_t tile) {
-  constexpr int kLanesPerRow = Shape::kColumns / 8;  // 16 bytes each
-  constexpr int kKeysPerStep = 32 / kLanesPerRow;
-  const int first_key = threadIdx.x / kLanesPerRow, d = threadIdx.x % kLanesPerRow * 8;
-  k += first_key * k_stride + d;
-  v += first_key * v_stride + d;
-  bits = d < n_columns ? bits >> first_key : 0;
-  tile += (first_key * Shape::kPitch + d) * 2;
-#pragma unroll
-  for (int key = 0; key < kTileKeys; key += kKeysPerStep) {
-    const bool copy = (bits >> key & 1) != 0;
-    cp_async_16_or_zero(tile + key * Shape::kPitch * 2, k, copy);
-    cp_async_16_or_zero(tile + (Shape::kTileElems + key * Shape::kPitch) * 2, v, copy);
-    k += kKeysPerStep * k_stride;
-    v += kKeysPerStep * v_stride;
-  }
-}
-
-// The warp's columns of the queries, as fragments; empty where they stay in shared memory.
-template <typename Shape>
-struct Queries {
-  uint32_t frag[Shape::kHoldsQueries ? Shape::kColumns / 16 : 1][2];
-  uint32_t shared;  // address of the warp's first column
-
-  __device__ explicit Queries(uint32_t shared) : shared(shared) {
-    if constexpr (Shape::kHoldsQueries) {
-      const int lane = threadIdx.x;
-      const uint32_t at = shared + (lane % 8 * Shape::kQueryPitch + lane / 8 * 8) * 2;
-#pragma unroll
-      for (int i = 0; i < Shape::kColumns / 16; i += 2) {
-        uint32_t q[4];
-        ldmatrix_x4(q, at + i * 32);
-        frag[i][0] = q[0];
-        frag[i][1] = q[1];
-        frag[i + 1][0] = q[2];
-        frag[i + 1][1] = q[3];
-      }
-    }
-  }
-};
-
-// scores[keys g, g + 8][rows 8n + 2c, 8n + 2c + 1] of lane (g, c) = (lane / 4, lane % 4), summed
-// over the warp's columns.
-template <typename T, typename Shape>
-__device__ __forceinline__ void mma_scores(uint32_t k_tile, const Queries<Shape>& queries,
-                                           float (&scores)[Shape::kRowTiles][4]) {
-  const int lane = threadIdx.x;
-  const uint32_t k_at = k_tile + (lane % 16 * Shape::kPitch + lane / 16 * 8) * 2;
-#pragma unroll
-  for (int n = 0; n < Shape::kRowTiles; ++n) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) scores[n][i] = 0.f;
-  }
-  if constexpr (Shape::kHoldsQueries) {  // two sums, so that one product does not wait for the last
-    float odd[4] = {};
-#pragma unroll
-    for (int i = 0; i < Shape::kColumns / 16; i += 2) {
-      uint32_t k0[4], k1[4];
-      ldmatrix_x4(k0, k_at + i * 32);
-      ldmatrix_x4(k1, k_at + i * 32 + 32);
-      mma_m16n8k16(scores[0], k0, queries.frag[i], T{});
-      mma_m16n8k16(odd, k1, queries.frag[i + 1], T{});
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) scores[0][i] += odd[i];
-  } else {
-    const uint32_t q_at =
-        queries.shared + ((lane % 8 + lane / 16 * 8) * Shape::kQueryPitch + lane / 8 % 2 * 8) * 2;
-#pragma unroll
-    for (int d = 0; d < Shape::kColumns; d += 16) {
-      uint32_t k[4];
-      ldmatrix_x4(k, k_at + d * 2);
-#pragma unroll
-      for (int n = 0; n < Shape::kRowTiles; n += 2) {
-        uint32_t q[4];
-        ldmatrix_x4(q, q_at + (n * 8 * Shape::kQueryPitch + d) * 2);
-        mma_m16n8k16(scores[n], k, {q[0], q[1]}, T{});
-        mma_m16n8k16(scores[n + 1], k, {q[2], q[3]}, T{});
-      }
-    }
-  }
-}
-
-// Adds up the scores of the group's warps, in their order, in all of them.
-template <typename Shape>
-__device__ __forceinline__ void add_parts(float4* turn, int part, int group,
-                                          float (&scores)[Shape::kRowTiles][4]) {
-  const int lane = threadIdx.x;
-#pragma unroll
-  for (int n = 0; n < Shape::kRowTiles; ++n) {
-    turn[(part * Shape::kRowTiles + n) * 32 + lane] = {scores[n][0], scores[n][1], scores[n][2],
-                                                       scores[n][3]};
-  }
-  bar_sync(1 + group, 32 * Shape::kParts);
-#pragma unroll
-  for (int n = 0; n < Shape::kRowTiles; ++n) {
-    float4 sum = turn[n * 32 + lane];
-#pragma unroll
-    for (int other = 1; other < Shape::kParts; ++other) {
-      const float4 more = turn[(other * Shape::kRowTiles + n) * 32 + lane];
-      sum.x += more.x;
-      sum.y += more.y;
-      sum.z += more.z;
-      sum.w += more.w;
-    }
-    scores[n][0] = sum.x;
-    scores[n][1] = sum.y;
-    scores[n][2] = sum.z;
-    scores[n][3] = sum.w;
-  }
-}
-
-// sums[column 16m + g, g + 8][rows] += v.T @ p.T
-template <typename T, typename Shape>
-__device__ __forceinline__ void mma_sums(uint32_t v_tile, const uint32_t (&p)[Shape::kRowTiles][2],
-                                         float (&sums)[Shape::kRowTiles][Shape::kColumns / 16][4]) {
-  const int lane = threadIdx.x;
-  const uint32_t v_at =
-      v_tile + ((lane % 8 + lane / 16 * 8) * Shape::kPitch + lane / 8 % 2 * 8) * 2;
-#pragma unroll
-  for (int m = 0; m < Shape::kColumns / 16; ++m) {
-    uint32_t v[4];
-    ldmatrix_x4_trans(v, v_at + m * 32);
-#pragma unroll
-    for (int n = 0; n < Shape::kRowTiles; ++n) mma_m16n8k16(sums[n][m], v, p[n], T{});
-  }
-}
-
-__device__ __forceinline__ float max_over_keys(float value) {
-#pragma unroll
-  for (int offset = 4; offset < 32; offset *= 2) {
-    value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, offset));
-  }
-  return value;
-}
-
-__device__ __forceinline__ float sum_over_keys(float value) {
-#pragma unroll
-  for (int offset = 4; offset < 32; offset *= 2) {
-    value += __shfl_xor_sync(0xffffffffu, value, offset);
-  }
-  return value;
-}
-
-// Four sums over the sum of the probabilities, as elements of y.
-template <typename T>
-__device__ __forceinline__ void store_row(T* y, const float4& sums, float sum_p) {
-  const float factor = sum_p == 0.f ? 0.f : 1.f / sum_p;
-  *reinterpret_cast<uint2*>(y) = {pack_pair<T>(sums.x * factor, sums.y * factor),
-                                  pack_pair<T>(sums.z * factor, sums.w * factor)};
-}
 
 // The sums of the block's groups, rescaled to the highest top, to scratch or, with one split, to y.
 template <typename T, typename Shape>
@@ -282,7 +125,7 @@ __device__ __forceinline__ void merge_groups(const AttentionKernelArgs& p, const
       total.w += weight * sums.w;
     }
     if (plan.n_splits == 1) {
-      store_row<T>(static_cast<T*>(p.y) + (first_row + row) * D + d, total, sum_p);
+      store_row<T>(find_y_row<T>(p, first_row + row) + d, total, sum_p);
     } else {
       const int64_t at = (first_row + row) * plan.n_splits + split;
       if (d == 0) plan.stats[at] = {top, sum_p};
@@ -341,11 +184,18 @@ __global__ void __launch_bounds__(32 * kMaxWarps)
       static_cast<const T*>(p.v) + b * p.v_strides[0] + h_kv * p.v_strides[1] + first_column;
   const bool adds_mask = p.mask != nullptr && !p.mask_is_bool;
   const float scale = p.scale * kLog2E, softcap = p.softcap * kLog2E;
-  const int64_t end = p.is_causal && p.S < p.T ? p.S : p.T;
-  const int64_t n_tiles = (end + kTileKeys - 1) / kTileKeys;
+  KeyRange range = {p.T, 0};  // from the first key that a query of b sees to the last
+  for (int s = 0; s < (p.input_pos != nullptr ? S : 1); ++s) {
+    // Without positions the last query sees all that others do.
+    const KeyRange seen = key_range(p, b, p.input_pos != nullptr ? s : S - 1);
+    if (seen.begin < seen.end) range = {min(range.begin, seen.begin), max(range.end, seen.end)};
+  }
+  const int64_t n_tiles = (range.end + kTileKeys - 1) / kTileKeys;
   const int64_t tile_step = int64_t{plan.n_splits} * plan.n_groups;
   const int chunk_tiles = min(32, kMaskEntries / mask_rows.count);
-  int64_t first_tile = int64_t{split} * plan.n_groups + group;
+  int64_t first_tile =
+      range.begin < range.end ? range.begin / kTileKeys + int64_t{split} * plan.n_groups + group
+                              : n_tiles;
 
   // Lane i looks at tile i of the chunk: which of its keys any row sees.
   const auto look_at_masks = [&] {
@@ -357,7 +207,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps)
         const int s = mask_rows.by_row ? r % S : mask_rows.by_query ? u : 0;
         const int h = h_kv * rep + (mask_rows.by_row ? r / S : 0);
         const uint32_t seen =
-            seen_keys<T, kTileKeys>(p, find_mask_row<T>(p, b, h, s), s, tile * kTileKeys);
+            seen_keys<T, kTileKeys>(p, find_mask_row<T>(p, b, h, s), key_range(p, b, s),
+                                    tile * kTileKeys);
         bits[lane * mask_rows.count + u] = static_cast<uint16_t>(seen);
         any_row |= seen;
       }
@@ -561,7 +412,7 @@ __global__ void __launch_bounds__(32 * kCombineWarps)
     total.z += warp_sums[w][lane].z;
     total.w += warp_sums[w][lane].w;
   }
-  store_row<T>(static_cast<T*>(p.y) + row * D + d, total, sum_p);
+  store_row<T>(find_y_row<T>(p, row) + d, total, sum_p);
 }
 
 // ---- host ----

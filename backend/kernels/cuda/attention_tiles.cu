@@ -3,7 +3,8 @@
 //   operand  dtype           shape             order in memory                           align
 //   q, k, v  f16 | bf16      [B, H, S|T, D]    last dimension contiguous, strides % 8    16 B
 //   mask     bool | of q     [B, Hq, S, T]     any strides, 0 where broadcast            dtype
-//   y (out)  dtype of q      [B, Hq, S, D]     contiguous                                16 B
+//   input_pos  i32 | i64     [S] | [B, S]      contiguous; in the place of a mask        dtype
+//   y (out)  dtype of q      [B, Hq, S, D]     strides % 8                               16 B
 //   scratch  u32             the mask as bits and their summary: attention_tiles.cuh
 //
 // Requires  D % 8 == 0, D <= 512   (checked by fits_attention_tiles)
@@ -39,7 +40,7 @@ __global__ void __launch_bounds__(kMaskThreads)
   uint32_t seen = 0, adds = 0;
   if (s < words.n_s) {
     const void* row = find_mask_row<T>(p, b, h, s);
-    seen = seen_keys<T, 32>(p, row, s, int64_t{word} * 32, &adds);
+    seen = seen_keys<T, 32>(p, row, key_range(p, b, s), int64_t{word} * 32, &adds);
     words.bits[(int64_t{blockIdx.z} * words.n_s + s) * words.n_words + word] = seen;
   }
   WordSummary sum = {seen, s < words.n_s ? seen : 0xffffffffu, adds, 0};
@@ -191,7 +192,7 @@ __global__ void __launch_bounds__(Shape::kThreads)
                                to + Shape::kTileElems * 2);
   };
 
-  SeenTile<kKeys> tile = seen_tiles.next(0);
+  SeenTile<kKeys> tile = seen_tiles.next(seen_tiles.first_tile);
   uint32_t own_rows[Shape::kBlockRows / 32];  // those before S
 #pragma unroll
   for (int i = 0; i < Shape::kBlockRows / 32; ++i) own_rows[i] = bits_before(row_begin + 32 * i, S);
@@ -260,7 +261,8 @@ __global__ void __launch_bounds__(Shape::kThreads)
   for (int i = lane; i < 16 * Shape::kRowTiles * kPieces; i += 32) {
     const int row = i / kPieces, d = i % kPieces * 8, s = row_begin + warp_row + row;
     if (s >= S || warp_column + d >= D) continue;
-    T* y = static_cast<T*>(p.y) + (int64_t{head} * S + s) * D + warp_column + d;
+    T* y = static_cast<T*>(p.y) + b * p.y_strides[0] + h * p.y_strides[1] + s * p.y_strides[2] +
+           warp_column + d;
     *reinterpret_cast<uint4*>(y) = *reinterpret_cast<const uint4*>(own + row * Shape::kPitch + d);
   }
 }

@@ -64,6 +64,50 @@ int64_t tile_flag_bytes(const AttentionKernelArgs& args) {
   return args.mask == nullptr ? 0 : ceil_div(args.T, Shape::kKeys);
 }
 
+// The first key that some or every one of a block's rows sees, and the end of them.
+struct BlockRange {
+  int first_begin, last_begin, first_end, last_end;
+};
+
+// Of rows [row_begin, row_begin + kBlockRows) before S; all threads of the block together. Rows that
+// see nothing have no say in first_begin and last_end.
+template <typename Shape>
+__device__ BlockRange find_block_range(const AttentionKernelArgs& p, int b, int row_begin) {
+  const int S = static_cast<int>(p.S), T = static_cast<int>(p.T);
+  const int end_row = min(row_begin + Shape::kBlockRows, S);
+  if (p.input_pos == nullptr) {
+    if (!p.is_causal) return {0, 0, T, T};
+    return {0, 0, min(row_begin + 1, T), min(end_row, T)};
+  }
+  __shared__ BlockRange of_warps[Shape::kThreads / 32];
+  BlockRange sum = {T, 0, T, 0};
+  for (int row = row_begin + static_cast<int>(threadIdx.x); row < end_row; row += Shape::kThreads) {
+    const KeyRange range = key_range(p, b, row);
+    const int begin = static_cast<int>(range.begin), end = static_cast<int>(range.end);
+    sum.last_begin = max(sum.last_begin, begin);
+    sum.first_end = min(sum.first_end, end);
+    if (begin >= end) continue;
+    sum.first_begin = min(sum.first_begin, begin);
+    sum.last_end = max(sum.last_end, end);
+  }
+  const auto take = [&](const BlockRange& other) {
+    sum = {min(sum.first_begin, other.first_begin), max(sum.last_begin, other.last_begin),
+           min(sum.first_end, other.first_end), max(sum.last_end, other.last_end)};
+  };
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) {
+    take({__shfl_xor_sync(0xffffffffu, sum.first_begin, offset),
+          __shfl_xor_sync(0xffffffffu, sum.last_begin, offset),
+          __shfl_xor_sync(0xffffffffu, sum.first_end, offset),
+          __shfl_xor_sync(0xffffffffu, sum.last_end, offset)});
+  }
+  if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = sum;
+  __syncthreads();
+#pragma unroll
+  for (int w = 0; w < Shape::kThreads / 32; ++w) take(of_warps[w]);
+  return sum;
+}
+
 // What rows [row_begin, row_begin + kBlockRows) of one head see; rows past S count as seeing all.
 template <typename Shape>
 struct SeenTiles {
@@ -72,27 +116,29 @@ struct SeenTiles {
   // adds something to some score.
   static constexpr uint8_t kSome = 1, kEach = 2, kAll = 4, kAdds = 8;
 
-  const uint32_t* bits;  // of row 0 of the head; nullptr: causality and T alone decide
+  const AttentionKernelArgs& p;
+  const uint32_t* bits;  // of row 0 of the head; nullptr: causality, positions and T alone decide
   const WordSummary* summaries;
   uint8_t* flags;  // shared memory, [n_tiles]; unused without bits
-  int n_words, n_s, n_tiles, row_begin, T;
-  int end;  // of the keys that the last row may see
-  bool is_causal;
+  int n_words, n_s, b;
+  int first_tile, n_tiles;  // those from first_tile on and before n_tiles may be seen
+  int row_begin;
+  BlockRange range;
 
-  // All threads of the block together; without a mask nothing is read.
+  // All threads of the block together; without a mask or positions nothing is read.
   __device__ SeenTiles(const AttentionKernelArgs& p, const MaskWords& words, int b, int h,
                        int row_begin, char* flags)
-      : bits(nullptr),
+      : p(p),
+        bits(nullptr),
         summaries(nullptr),
         flags(reinterpret_cast<uint8_t*>(flags)),
         n_words(words.n_words),
         n_s(words.n_s),
+        b(b),
         row_begin(row_begin),
-        T(static_cast<int>(p.T)),
-        is_causal(p.is_causal) {
-    const int last_row = min(row_begin + Shape::kBlockRows, static_cast<int>(p.S)) - 1;
-    end = is_causal ? min(last_row + 1, T) : T;
-    n_tiles = (end + Shape::kKeys - 1) / Shape::kKeys;
+        range(find_block_range<Shape>(p, b, row_begin)) {
+    n_tiles = (range.last_end + Shape::kKeys - 1) / Shape::kKeys;
+    first_tile = min(range.first_begin / Shape::kKeys, n_tiles);
     if (words.bits == nullptr) return;
     const int64_t head = int64_t{words.n_b == 1 ? 0 : b} * words.n_h + (words.n_h == 1 ? 0 : h);
     bits = words.bits + head * n_s * n_words;
@@ -135,10 +181,11 @@ struct SeenTiles {
       const uint32_t* own = bits + static_cast<int64_t>(n_s == 1 ? 0 : min(row, n_s - 1)) * n_words;
       return reinterpret_cast<const Elems<uint32_t, kTileWords>*>(own)[index];
     }
+    const KeyRange seen = key_range(p, b, min(row, static_cast<int>(p.S) - 1));
     Elems<uint32_t, kTileWords> words;
 #pragma unroll
     for (int i = 0; i < kTileWords; ++i) {
-      words.values[i] = bits_before(index * Shape::kKeys + i * 32, is_causal ? min(row + 1, T) : T);
+      words.values[i] = bits_in_range(seen, index * Shape::kKeys + i * 32);
     }
     return words;
   }
@@ -152,9 +199,8 @@ struct SeenTiles {
 #pragma unroll
       for (int i = 0; i < kTileWords; ++i) {
         const int t0 = index * Shape::kKeys + i * 32;
-        const int first_end = is_causal ? min(row_begin + 1, T) : T;  // of the first row's keys
-        tile.any[i] = bits_before(t0, end);
-        tile.all = tile.all && bits_before(t0, first_end) == 0xffffffffu;
+        tile.any[i] = bits_before(t0, range.last_end) & ~bits_before(t0, range.first_begin);
+        tile.all = tile.all && t0 >= range.last_begin && t0 + 32 <= range.first_end;
       }
       return tile;
     }

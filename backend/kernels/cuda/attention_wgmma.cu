@@ -3,7 +3,8 @@
 //   operand  dtype           shape             order in memory                           align
 //   q, k, v  f16 | bf16      [B, H, S|T, D]    last dimension contiguous, strides % 8    16 B
 //   mask     bool | of q     [B, Hq, S, T]     any strides, 0 where broadcast            dtype
-//   y (out)  dtype of q      [B, Hq, S, D]     contiguous                                16 B
+//   input_pos  i32 | i64     [S] | [B, S]      contiguous; in the place of a mask        dtype
+//   y (out)  dtype of q      [B, Hq, S, D]     strides % 8                               16 B
 //   scratch  u32             the mask as bits and their summary: attention_tiles.cuh
 //
 // Requires  D % 8 == 0, D <= 256, device code for sm_90a   (checked by fits_attention_wgmma)
@@ -22,6 +23,8 @@
 namespace cuda_int4 {
 
 namespace {
+
+constexpr int kSharedWithoutWgmma = 4096;
 
 template <int kD_, int kKeys_, int kBlocksPerSm_>
 struct WgmmaShape {
@@ -143,7 +146,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
                                tile.any, values + buffer * Shape::kKeyBytes);
   };
 
-  SeenTile<kKeys> tile = seen_tiles.next(0);
+  SeenTile<kKeys> tile = seen_tiles.next(seen_tiles.first_tile);
   uint32_t own_rows[Shape::kBlockRows / 32];  // those before S
 #pragma unroll
   for (int i = 0; i < Shape::kBlockRows / 32; ++i) own_rows[i] = bits_before(row_begin + 32 * i, S);
@@ -237,13 +240,14 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
     if (s >= S || n * 8 >= D) continue;
     const char* from =
         own + n / 8 * Shape::kQueryTileBytes + own_row * 128 + (n % 8 ^ own_row % 8) * 16;
-    T* y = static_cast<T*>(p.y) + (int64_t{head} * S + s) * D + n * 8;
+    T* y = static_cast<T*>(p.y) + b * p.y_strides[0] + h * p.y_strides[1] + s * p.y_strides[2] +
+           n * 8;
     *reinterpret_cast<uint4*>(y) = *reinterpret_cast<const uint4*>(from);
   }
 #else
-  // Compiled without wgmma, and never launched: static shared memory is how the host knows.
-  __shared__ volatile int not_this_one;
-  not_this_one = 0;
+  // Compiled without wgmma, and never launched: this much static shared memory is how the host knows.
+  __shared__ volatile char not_this_one[kSharedWithoutWgmma];
+  not_this_one[0] = 0;
 #endif
 }
 
@@ -255,7 +259,7 @@ bool has_kernel() {
     cudaGetLastError();  // not ours to report: there are other kernels
     return false;
   }
-  return attributes.sharedSizeBytes == 0;
+  return attributes.sharedSizeBytes < kSharedWithoutWgmma;
 }
 
 template <typename T, typename Shape>

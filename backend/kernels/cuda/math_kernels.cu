@@ -107,7 +107,11 @@ Status run_rope_append(const RopeAppendArgs& args, const ExecutionContext& conte
   kernel_args.n_kv_heads = args.k_cache.sizes[1];
   kernel_args.T = args.k_cache.sizes[2];
   kernel_args.D = args.k_cache.sizes[3];
-  kernel_args.table_D = args.cos.sizes[1];
+  kernel_args.k_scale = args.k_scale.present() ? static_cast<float*>(args.k_scale.data) : nullptr;
+  kernel_args.v_scale = args.v_scale.present() ? static_cast<float*>(args.v_scale.data) : nullptr;
+  kernel_args.table_D = args.cos.sizes[args.cos.ndim - 1];
+  kernel_args.table_stride = args.cos.ndim == 3 ? kernel_args.S : 0;
+  kernel_args.pos_stride = args.input_pos.ndim == 2 ? kernel_args.S : 0;
   kernel_args.values_are_keys =
       args.qkv.sizes[2] / kernel_args.D < kernel_args.n_heads + 2 * kernel_args.n_kv_heads;
   kernel_args.constant_weights = context.constant_weights;

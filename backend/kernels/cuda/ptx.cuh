@@ -96,6 +96,12 @@ __device__ __forceinline__ uint32_t load_global_early_u32(const void* from) {
   return value;
 }
 
+__device__ __forceinline__ int64_t load_global_early_s64(const void* from) {
+  int64_t value;
+  asm volatile("ld.relaxed.gpu.global.s64 %0, [%1];" : "=l"(value) : "l"(from));
+  return value;
+}
+
 __device__ __forceinline__ uint32_t load_global_early_u16(const void* from) {
   uint16_t value;
   asm volatile("ld.relaxed.gpu.global.u16 %0, [%1];" : "=h"(value) : "l"(from));
@@ -353,6 +359,18 @@ __device__ __forceinline__ void fence_proxy_async() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// ---- prefetches (sm_90) ----
+
+#if __CUDA_ARCH__ >= 900
+
+// Asks n_bytes (a multiple of 16, like the address) into L2. Coherent there: what is written later is
+// what is read later.
+__device__ __forceinline__ void prefetch_l2_bulk(const void* from, uint32_t n_bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(n_bytes) : "memory");
+}
+
+#endif  // __CUDA_ARCH__ >= 900
+
 // ---- clusters (sm_90) ----
 
 #if __CUDA_ARCH__ >= 900
@@ -382,6 +400,12 @@ __device__ __forceinline__ uint32_t address_in_rank(uint32_t shared, uint32_t ra
 
 __device__ __forceinline__ void store_cluster(uint32_t address, float value) {
   asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+}
+
+__device__ __forceinline__ void store_cluster(uint32_t address, float2 value) {
+  asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(value.x),
+               "f"(value.y)
+               : "memory");
 }
 
 __device__ __forceinline__ void store_cluster(uint32_t address, float4 value) {

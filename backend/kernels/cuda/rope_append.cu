@@ -6,11 +6,12 @@
 //
 //   operand        dtype                 shape                           order      align
 //   qkv            f16 | bf16 | f32      [B, S, n_given * D]             row-major  dtype (16 B: fast)
-//   cos, sin       dtype of qkv | f32    [S, D] or [S, D/2]              row-major  likewise
-//   input_pos      i32 | i64             [S]                             contiguous dtype
+//   cos, sin       dtype of qkv | f32    [(B,) S, D] or [(B,) S, D/2]    row-major  likewise
+//   input_pos      i32 | i64             [S] or [B, S]                   contiguous dtype
 //   q_norm, k_norm f16 | bf16 | f32      [D]                             contiguous likewise; or absent
-//   k_cache (out)  dtype of qkv          [B, Hkv, T, D]                  row-major  as qkv
-//   v_cache (out)  dtype of qkv          [B, Hkv, T, D]                  row-major  as qkv
+//   k_cache (out)  dtype of qkv | i8     [>= B, Hkv, T, D]               row-major  as qkv
+//   v_cache (out)  dtype of qkv | i8     [>= B, Hkv, T, D]               row-major  as qkv
+//   k_scale, v_scale (out)  f32          [>= B, Hkv, T]                  row-major  4 B; with i8
 //   q (out)        dtype of qkv          [B, n_heads, S, D]              row-major  as qkv
 //
 // Requires  D even, n_given = n_heads + 2 * Hkv, or n_heads + Hkv: then the values are the keys as they
@@ -24,7 +25,9 @@
 // Numerics  fp32. The norm is rms_norm.cu's: its order where a warp takes the row there too (up to 64
 //           vectors of 16 B), one rounding to the dtype of qkv. Both products of the turn and their sum
 //           are rounded to the dtype of the tables, the result to that of qkv, as by ops of their
-//           own. Two tokens at one position: either's row, by vectors
+//           own. Two tokens at one position: either's row, by vectors. Int8: what would be written,
+//           over its scale, the greatest |x| of the head / 127, rounded to even; a head with an
+//           infinity or NaN gets a scale that is none or not finite
 // Source    own
 #include <type_traits>
 
@@ -71,8 +74,8 @@ struct Piece {
     partner_weight.load(weight, dtype, partner_of(p, v));
   }
 
-  __device__ __forceinline__ void load(const RopeAppendKernelArgs& p, const Vector* head, int64_t s,
-                                       bool is_turned, int64_t v) {
+  __device__ __forceinline__ void load(const RopeAppendKernelArgs& p, const Vector* head,
+                                       int64_t table_row, bool is_turned, int64_t v) {
     own = head[v];
     if (!is_turned) return;
     partner = head[partner_of(p, v)];
@@ -81,9 +84,9 @@ struct Piece {
     int64_t at = v * kVec;
     if (!is_whole) at = p.interleaved ? at / 2 : at % (p.D / 2);
     const Table* from_cos =
-        reinterpret_cast<const Table*>(static_cast<const C*>(p.cos) + s * p.table_D + at);
+        reinterpret_cast<const Table*>(static_cast<const C*>(p.cos) + table_row * p.table_D + at);
     const Table* from_sin =
-        reinterpret_cast<const Table*>(static_cast<const C*>(p.sin) + s * p.table_D + at);
+        reinterpret_cast<const Table*>(static_cast<const C*>(p.sin) + table_row * p.table_D + at);
     const bool is_pairs = !is_whole && p.interleaved;
 #pragma unroll
     for (int i = 0; i < kTables; ++i) {
@@ -128,7 +131,30 @@ struct Piece {
   }
 };
 
-template <typename X, typename C, typename W, int kVec>
+// The greatest |x|, as bits: NaN is above infinity.
+template <typename X, int kVec>
+__device__ __forceinline__ uint32_t greatest_of(const Elems<X, kVec>& vector, uint32_t greatest) {
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) {
+    greatest = max(greatest, __float_as_uint(as_float(vector.values[i])) & 0x7fffffffu);
+  }
+  return greatest;
+}
+
+template <typename X, int kVec>
+__device__ __forceinline__ Elems<int8_t, kVec> quantized(const Elems<X, kVec>& vector,
+                                                         float scale) {
+  Elems<int8_t, kVec> codes;
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) {
+    const float code = rintf(__fdiv_rn(as_float(vector.values[i]), scale));
+    const bool is_code = code >= -127.f && code <= 127.f;  // or NaN: 0 / 0
+    codes.values[i] = is_code ? static_cast<int8_t>(code) : int8_t{0};
+  }
+  return codes;
+}
+
+template <typename X, typename C, typename W, int kVec, bool kIsInt8>
 __global__ void __launch_bounds__(32 * kHeads)
     rope_append_kernel(const __grid_constant__ RopeAppendKernelArgs p) {
   using Vector = Elems<X, kVec>;
@@ -165,26 +191,31 @@ __global__ void __launch_bounds__(32 * kHeads)
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
       const int64_t v = lane + 32 * i;
-      if (v < n_vectors) pieces[i].load(p, from, s, is_turned, v);
+      if (v < n_vectors) pieces[i].load(p, from, b * p.table_stride + s, is_turned, v);
     }
     Vector* to = nullptr;        // of the turned head
     Vector* to_value = nullptr;  // of the head as it is
+    int64_t at_row = 0;          // of the caches
     if (is_query) {
       to = reinterpret_cast<Vector*>(static_cast<X*>(p.q) +
                                      ((b * p.n_heads + head) * p.S + s) * p.D);
     } else {
-      const int64_t given = p.pos_is_int64 ? static_cast<const int64_t*>(p.input_pos)[s]
-                                           : static_cast<const int32_t*>(p.input_pos)[s];
+      const int64_t at_pos = b * p.pos_stride + s;
+      const int64_t given = p.pos_is_int64 ? static_cast<const int64_t*>(p.input_pos)[at_pos]
+                                           : static_cast<const int32_t*>(p.input_pos)[at_pos];
       const int64_t place = given < 0 ? given + p.T : given;
       if (place < 0 || place >= p.T) {
         if (lane == 0) note_fault(p.note, kIndexOutOfRange, given, p.T);
         continue;  // the whole warp
       }
       const int64_t kv_head = head - (is_turned ? p.n_heads : n_qk);
-      const int64_t at = ((b * p.n_kv_heads + kv_head) * p.T + place) * p.D;
-      if (is_turned) to = reinterpret_cast<Vector*>(static_cast<X*>(p.k_cache) + at);
-      if (!is_turned || p.values_are_keys)
-        to_value = reinterpret_cast<Vector*>(static_cast<X*>(p.v_cache) + at);
+      at_row = (b * p.n_kv_heads + kv_head) * p.T + place;
+      if constexpr (!kIsInt8) {
+        const int64_t at = at_row * p.D;
+        if (is_turned) to = reinterpret_cast<Vector*>(static_cast<X*>(p.k_cache) + at);
+        if (!is_turned || p.values_are_keys)
+          to_value = reinterpret_cast<Vector*>(static_cast<X*>(p.v_cache) + at);
+      }
     }
 
     float factor = 1.f;
@@ -205,19 +236,48 @@ __global__ void __launch_bounds__(32 * kHeads)
       factor = 1.f / sqrtf(warp_sum(sum) / static_cast<float>(p.D) + p.eps);
     }
 
-    const auto write = [&](const Piece<X, C, W, kVec>& piece, int64_t v) {
-      if (to_value != nullptr) to_value[v] = piece.own;
-      if (to != nullptr) to[v] = piece.turned(p, is_normed, factor, v);
-    };
+    const auto for_each_piece = [&](auto f) {
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
-      if (lane + 32 * i < n_vectors) write(pieces[i], lane + 32 * i);
+      for (int i = 0; i < kHeld; ++i) {
+        if (lane + 32 * i < n_vectors) f(pieces[i], lane + 32 * i);
+      }
+      for (int64_t v = lane + 32 * kHeld; v < n_vectors; v += 32) {
+        Piece<X, C, W, kVec> piece;
+        if (is_normed) piece.load_weights(p, weight, weight_dtype, v);
+        piece.load(p, from, b * p.table_stride + s, is_turned, v);
+        f(piece, v);
+      }
+    };
+    if (!kIsInt8 || is_query) {
+      for_each_piece([&](const Piece<X, C, W, kVec>& piece, int64_t v) {
+        if (to_value != nullptr) to_value[v] = piece.own;
+        if (to != nullptr) to[v] = piece.turned(p, is_normed, factor, v);
+      });
+      continue;
     }
-    for (int64_t v = lane + 32 * kHeld; v < n_vectors; v += 32) {
-      Piece<X, C, W, kVec> piece;
-      if (is_normed) piece.load_weights(p, weight, weight_dtype, v);
-      piece.load(p, from, s, is_turned, v);
-      write(piece, v);
+    // As int8: a look for the greatest, then the codes.
+    const auto write_codes = [&](void* cache, float* scales, auto value_of) {
+      uint32_t greatest = 0;
+      for_each_piece([&](const Piece<X, C, W, kVec>& piece, int64_t v) {
+        greatest = greatest_of(value_of(piece, v), greatest);
+      });
+      const float scale =
+          __fdiv_rn(__uint_as_float(__reduce_max_sync(0xffffffffu, greatest)), 127.f);
+      auto* codes =
+          reinterpret_cast<Elems<int8_t, kVec>*>(static_cast<int8_t*>(cache) + at_row * p.D);
+      for_each_piece([&](const Piece<X, C, W, kVec>& piece, int64_t v) {
+        codes[v] = quantized(value_of(piece, v), scale);
+      });
+      if (lane == 0) scales[at_row] = scale;
+    };
+    if (is_turned) {
+      write_codes(p.k_cache, p.k_scale, [&](const Piece<X, C, W, kVec>& piece, int64_t v) {
+        return piece.turned(p, is_normed, factor, v);
+      });
+    }
+    if (!is_turned || p.values_are_keys) {
+      write_codes(p.v_cache, p.v_scale,
+                  [](const Piece<X, C, W, kVec>& piece, int64_t) { return piece.own; });
     }
   }
 }
@@ -227,8 +287,9 @@ cudaError_t launch(const RopeAppendKernelArgs& args, cudaStream_t stream) {
   const int64_t n_given = args.n_heads + (args.values_are_keys ? 1 : 2) * args.n_kv_heads;
   const int64_t blocks = (args.B * args.S * n_given + kHeads - 1) / kHeads;
   if (blocks == 0) return cudaSuccess;
-  return launch_dependent(rope_append_kernel<X, C, W, kVec>,
-                          static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks),
+  const auto kernel = args.k_scale == nullptr ? rope_append_kernel<X, C, W, kVec, false>
+                                              : rope_append_kernel<X, C, W, kVec, true>;
+  return launch_dependent(kernel, static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks),
                           dim3(32, kHeads), 0, stream, args);
 }
 

@@ -19,13 +19,17 @@ struct RopeAppendKernelArgs {  // device pointers; sizes in elements
   const void* input_pos;
   const void* q_norm;  // nullptr: none
   const void* k_norm;  // nullptr: none
+  float* k_scale;      // nullptr: the caches are of dtype, else int8
+  float* v_scale;
   void* q;
   DType dtype, table_dtype, q_norm_dtype, k_norm_dtype;
   bool pos_is_int64, interleaved;
   bool values_are_keys;   // qkv has no heads of values
   bool constant_weights;  // ExecutionContext
   int64_t B, S, n_heads, n_kv_heads, T, D;
-  int64_t table_D;  // D or D / 2
+  int64_t table_D;       // D or D / 2
+  int64_t table_stride;  // in rows, of b: S, or 0 where all have one
+  int64_t pos_stride;    // in positions, likewise
   float eps;
   FaultNote note;
 };
