@@ -60,7 +60,7 @@ class Weight:
     """One int4 weight on the GPU: codes 0..15 [N, K], scale and zero point [N, n_groups]."""
 
     codes: Tensor
-    scale: Tensor  # float16, and exact in bfloat16
+    scale: Tensor  # in the dtype of x; exact in float16 and in bfloat16
     zero_point: Tensor | None  # whole numbers; None: 8
     group_size: int
     copies: dict[str, list[Any]] = field(default_factory=dict)  # by kernel, in its own order
@@ -81,14 +81,18 @@ class Weight:
         ) * scale
 
 
-def make_weight(N: int, K: int, group_size: int, zero_points: bool) -> Weight:
-    """Codes, scales and zero points that differ everywhere."""
+def make_weight(N: int, K: int, group_size: int, zero_points: bool, dtype: torch.dtype) -> Weight:
+    """Codes, scales and zero points that differ everywhere.
+
+    The mat-vecs are slower where scales are not of the dtype of x.
+    """
     generator = torch.Generator("cuda").manual_seed(N + K)
     shape = (N, K // group_size)
     codes = torch.randint(0, 16, (N, K), dtype=torch.uint8, device="cuda", generator=generator)
     scale = torch.rand(shape, device="cuda", generator=generator) * 0.02 + 0.002
-    zero_point = torch.randint(4, 12, shape, device="cuda", generator=generator).half()
-    return Weight(codes, scale.bfloat16().half(), zero_point if zero_points else None, group_size)
+    zero_point = torch.randint(4, 12, shape, device="cuda", generator=generator).to(dtype)
+    scale = scale.bfloat16().to(dtype)
+    return Weight(codes, scale, zero_point if zero_points else None, group_size)
 
 
 def half_dropped(weight: Weight) -> Weight:
@@ -300,13 +304,14 @@ def gemlite(x: Tensor, weight: Weight, dense: Tensor, rotate_bytes: int) -> Cand
     from gemlite.helper import A16W4_HQQ_INT  # type: ignore[import-not-found]
 
     zero = weight.zero_point
-    zero = torch.full_like(weight.scale, 8) if zero is None else zero
+    scale = weight.scale.half()
+    zero = torch.full_like(scale, 8) if zero is None else zero.half()
     nbytes = weight.codes.numel() // 2 + weight.scale.nbytes + zero.nbytes
 
     def pack() -> list[Any]:
         return [
             A16W4_HQQ_INT(device="cuda:0", dtype=torch.float16).from_weights(
-                weight.codes.clone(), weight.scale.clone(), zero.clone()
+                weight.codes.clone(), scale.clone(), zero.clone()
             )
             for _ in range(copies_for(nbytes, rotate_bytes))
         ]
@@ -433,7 +438,10 @@ def run(options: argparse.Namespace, out: TextIO) -> bool:
         if made_for != (N, K):
             weights.clear()
             kinds = itertools.product(options.group_sizes, options.zero_points)
-            made = (make_weight(N, K, group_size or K, zeros) for group_size, zeros in kinds)
+            made = (
+                make_weight(N, K, group_size or K, zeros, options.dtype)
+                for group_size, zeros in kinds
+            )
             weights += [(weight, weight.dequantize()) for weight in made]
             sparse.clear()
             if any(name in SPARSE for name in kernels):
