@@ -104,7 +104,7 @@ template <>
 struct Decode<__nv_bfloat16> {
   static constexpr float kOffset = 128.f, kUnit = 1.f, kHigh = 1.f;
   static __device__ __forceinline__ uint32_t pair(uint32_t word) {
-    return (word & 0x000F000Fu) | 0x43004300u;
+    return lop3_and_xor(word, 0x000F000Fu, 0x43004300u);
   }
   static __device__ __forceinline__ void fragments(uint32_t w0, uint32_t w1, uint32_t (&low)[4],
                                                    uint32_t (&high)[4]) {
