@@ -369,6 +369,49 @@ def test_each_row_of_a_decoder_is_as_if_alone(name, activation, tmp_path):
     assert tokens[0] == tokens[1]
 
 
+@pytest.mark.parametrize("fusions", ["all", "none"])
+@pytest.mark.parametrize("activation", ["none", "int8"])
+def test_rows_are_to_the_bit_what_they_are_alone_at_the_same_size(activation, fusions, tmp_path):
+    """What differs between sizes of a batch is the order of sums: not what is summed."""
+    one, four = (
+        cuda_int4.load(export_decoder("toy-llama", tmp_path, n, activation, fusions=fusions))
+        for n in (1, 4)
+    )
+    generator = torch.Generator().manual_seed(2)
+    tokens = torch.randint(512, (4, 12), generator=generator)
+    places = torch.arange(12).repeat(4, 1)
+    next_tokens = torch.randint(512, (4, 1), generator=generator)
+
+    def logits(model, rows):
+        calls = [(tokens[rows], places[rows]), (next_tokens[rows], places[rows][:, -1:] + 1)]
+        model.reset()
+        return torch.stack([model.forward(*call)[0] for call in calls])
+
+    together = logits(four, [0, 1, 2, 3])
+    assert together.isfinite().all()
+    for order in ([3, 1, 0, 2], [0, 0, 0, 0], [2, 1, 1, 1]):  # nothing of one row is in another
+        assert torch.equal(logits(four, order), together[:, order])
+    alone = logits(four, [2])
+    one_calls = [(tokens[2:3], places[2]), (next_tokens[2:3], places[2, -1:] + 1)]
+    assert torch.equal(alone, torch.stack([one.forward(*call)[0] for call in one_calls]))
+    assert torch.allclose(alone, together[:, 2:3], atol=1e-4 if activation == "none" else 0.2)
+
+
+def test_a_shorter_row_that_repeats_its_last_token_is_as_if_it_were_alone(tmp_path):
+    with cuda_int4.load(export_decoder("toy-llama", tmp_path, 4, "none")) as model:
+        tokens = torch.randint(512, (2, 9), generator=torch.Generator().manual_seed(3))
+        tokens[1, 4:] = tokens[1, 3]
+        places = torch.arange(9).repeat(2, 1).clamp(max=torch.tensor([[8], [3]]))
+        padded = model.forward(tokens, places)[0][1]
+        after = model.forward(tokens[:, :1], torch.tensor([[9], [4]]))[0][1]
+        model.reset()
+        short = model.forward(tokens[1:, :4], places[1:, :4])[0][0]
+        short_after = model.forward(tokens[1:, :1], torch.tensor([[4]]))[0][0]
+    assert torch.allclose(padded, short, atol=1e-4)
+    assert torch.allclose(after, short_after, atol=1e-4)
+    assert float(padded.std()) > 0.1
+
+
 def test_a_split_does_not_fix_the_batch(tmp_path):
     """ExecuTorch's own check would: it takes len() of the first result of a chunk."""
     path = export_decoder("toy-llama", tmp_path, 3, "none", fusions="none")

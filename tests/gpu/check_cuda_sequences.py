@@ -75,6 +75,12 @@ class Case:
             self.path(folder, max_sequences),
             dynamic_shapes=free,
             activation=self.activation,
+            constant_methods={
+                "get_max_seq_len": MAX_LENGTH,
+                "get_max_context_len": MAX_CONTEXT,
+                "get_eos_ids": [],
+                **({"get_max_batch": max_sequences} if max_sequences > 1 else {}),
+            },
             fusions=fusions,
         )
 
