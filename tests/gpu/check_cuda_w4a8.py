@@ -93,6 +93,13 @@ SHAPES = (
     (40, 28672, 128, False),
     (48, 21504, 32, False),
     (4096, 4096, 32, False),
+    (1100, 4096, 128, True),
+    (18, 2048, 64, False),
+    (4700, 5376, 64, False),
+    (700, 8192, 128, False),
+    (290, 14336, 128, False),
+    (34, 16384, 32, False),
+    (2120, 28672, 128, False),
 )
 ROWS = (*range(1, 18), 33, 64, 200)
 FEW_ROWS = (1, 2, 3, 8, 11, 16, 70)
@@ -215,6 +222,17 @@ class Checker:
         )
         return memory
 
+    def linear_args(self, x: Tensor, weight: dict, y: Tensor) -> ctypes.Structure:
+        """The arguments of one call."""
+        parts = (x, weight["qdata"], weight["scale"], weight["zero_point"], None, weight["bias"], y)
+        return self.native.LinearArgs(
+            *(self.native.tensor_view(part) for part in parts),
+            weight["group_size"],
+            b"coalesced.v1",
+            b"int8",
+            NAME.encode(),
+        )
+
     def linear(
         self,
         x: Tensor,
@@ -235,14 +253,7 @@ class Checker:
         skip = x.element_size() if odd else 0
         y_memory = guarded(y_bytes + skip)
         y = y_memory[skip : skip + y_bytes].view(x.dtype).view(M, N)
-        parts = (x, weight["qdata"], weight["scale"], weight["zero_point"], None, weight["bias"], y)
-        args = self.native.LinearArgs(
-            *(self.native.tensor_view(part) for part in parts),
-            weight["group_size"],
-            b"coalesced.v1",
-            b"int8",
-            NAME.encode(),
-        )
+        args = self.linear_args(x, weight, y)
         nbytes = self.library.check_scratch_bytes(ctypes.byref(args))
         scratch = guarded(nbytes)
         status = Status()
@@ -344,6 +355,35 @@ class Checker:
             f"M={M} {what}: one-hot reads back another weight {message}",
         )
 
+    def check_chain(self, N: int, K: int, M: int) -> None:
+        """Calls behind each other, x quantised to one place: none reads what was there before.
+
+        Kernels start while those ahead of them run, so a first-level cache may hold an older x.
+        """
+        weight, _ = self.weight(N, K, 128, torch.bfloat16, "none")
+        xs = [(self.random(M, K) * 2 - 1).bfloat16() for _ in range(24)]
+        want = [self.linear(x, weight, None, False)[2] for x in xs]
+        got = [torch.full_like(y, float("nan")) for y in want]
+        memory = guarded(self.library.check_quantized_bytes(M, K))
+        views = [self.native.tensor_view(x) for x in xs]
+        calls = [self.linear_args(x, weight, y) for x, y in zip(xs, got, strict=True)]
+        nbytes = self.library.check_scratch_bytes(ctypes.byref(calls[0]))
+        scratch, status = guarded(nbytes), Status()
+        torch.cuda.synchronize()
+        for view, args in zip(views, calls, strict=True):
+            self.library.check_quantize(
+                ctypes.byref(view), ctypes.c_void_p(memory.data_ptr()), self.stream(),
+                ctypes.byref(status),
+            )  # fmt: skip
+            self.library.check_linear(
+                ctypes.byref(args), ctypes.c_void_p(memory.data_ptr()), 1, 0, self.stream(),
+                ctypes.c_void_p(scratch.data_ptr()), ctypes.c_uint64(nbytes), ctypes.byref(status),
+            )  # fmt: skip
+        torch.cuda.synchronize()
+        n_same = sum(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        what = f"M={M} N={N} K={K}: {n_same} of {len(xs)} calls of a chain are as single ones"
+        self.note(n_same == len(xs), f"{what} {status.message.decode()}")
+
     def check_not_finite(self, M: int, what: str) -> None:
         """A row of x that is not finite gives NaN in its row of y and nowhere else."""
         weight, _ = self.weight(70, 384, 32, torch.bfloat16, "none")
@@ -415,6 +455,9 @@ def main() -> int:
         checker.check_quantize()
         for M in (3, 8, 16, 40):
             checker.check_not_finite(M, "not finite")
+        for M in (1, 2, 3, 8, 16, 40):
+            for N, K in ((4096, 4096), (1000, 4096), (4096, 14336)):
+                checker.check_chain(N, K, M)
         run_shapes(checker, options.quick)
         weight, exact = checker.weight(5, 32, 32, torch.bfloat16, "float32")
         x = (checker.random(70001, 32) - 0.5).bfloat16()

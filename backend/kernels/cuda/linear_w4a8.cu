@@ -35,9 +35,15 @@ W4A8Args kernel_args(const LinearArgs& args, const ExecutionContext& context) {
 
 cudaError_t launch(const W4A8Args& args, cudaStream_t stream) {
   if (args.M <= 2) return launch_matvec_w4a8_dp4a(args, stream);
-  if (args.M <= 16) return launch_matvec_w4a8_mma(args, stream);
+  cudaError_t code = cudaSuccess;
+  if (args.M <= 16) {
+    bool is_done = false;
+    code = launch_matvec_w4a8_slices(args, stream, &is_done);
+    if (code != cudaSuccess || is_done) return code;
+    return launch_matvec_w4a8_mma(args, stream);
+  }
   int device = 0, major = 0;
-  cudaError_t code = cudaGetDevice(&device);
+  code = cudaGetDevice(&device);
   if (code != cudaSuccess) return code;
   code = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   if (code != cudaSuccess) return code;

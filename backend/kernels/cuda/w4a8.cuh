@@ -80,5 +80,7 @@ cudaError_t launch_matvec_w4a8_mma(const W4A8Args& args, cudaStream_t stream);  
 cudaError_t launch_matmul_w4a8_wgmma(const W4A8Args& args, cudaStream_t stream);  // M > 2; sm_90a
 cudaError_t launch_matmul_w4a8_mma(const W4A8Args& args, cudaStream_t stream);    // M > 2
 cudaError_t launch_matvec_w4a8_coalesced(const W4A8Args& args, cudaStream_t stream);
+// M = 3 to 16. *is_done: it was a call that this kernel takes (its contract says which).
+cudaError_t launch_matvec_w4a8_slices(const W4A8Args& args, cudaStream_t stream, bool* is_done);
 
 }  // namespace cuda_int4
