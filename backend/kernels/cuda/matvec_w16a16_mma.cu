@@ -52,8 +52,10 @@ __global__ void __launch_bounds__(kThreads, kRows == 1 ? 4 : 3)
     const T* high_row = low_row + 8 * p.b_n;
     const bool has_low = n_begin + group < p.N, has_high = n_begin + group + 8 < p.N;
     float sums[kRows][4] = {};
-    for (int64_t k = (warp % warps_per_tile) * kStep + 8 * quarter; k < p.K;
-         k += kStep * warps_per_tile) {
+    // All lanes go round equally often, also where K ends between their eights: mma.sync wants all.
+    for (int64_t k_warp = (warp % warps_per_tile) * kStep; k_warp < p.K;
+         k_warp += kStep * warps_per_tile) {
+      const int64_t k = k_warp + 8 * quarter;
       uint4 low[kLoads], high[kLoads], x[kLoads][kRows];
 #pragma unroll
       for (int j = 0; j < kLoads; ++j) {
