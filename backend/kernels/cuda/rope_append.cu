@@ -17,7 +17,8 @@
 // Requires  D even, n_given = n_heads + 2 * Hkv, or n_heads + Hkv: then the values are the keys as they
 //           are in qkv (checked by validate_rope_append); pos in -T .. T - 1, from the end where
 //           below 0: of a token at any other only q is written, and the position is noted
-// Grid      one warp per head of qkv, 4 to a block; at most 2^30 blocks, the rest in strides
+// Grid      one warp per head of qkv, or where nothing is summed over a head a part of one that it fills;
+//           blocks of 128, at most 2^30, the rest in strides
 // Bytes     reads qkv twice (its pairs lie in other lanes; the second time from L1), the tables and
 //           the positions, writes q and one row of each cache a token. One token is bound by latency:
 //           the weights are asked for before the wait, all else of heads up to 1 vector a lane at
@@ -41,8 +42,8 @@ namespace cuda_int4 {
 
 namespace {
 
-constexpr int kHeld = 1;   // vectors of a head that a lane asks for at once; 2 take 186 registers
-constexpr int kHeads = 4;  // of a block
+constexpr int kHeld = 1;  // vectors of a head that a lane asks for at once; 2 take 186 registers
+constexpr int kThreads = 128;
 constexpr int64_t kMaxBlocks = int64_t{1} << 30;
 
 template <typename C>
@@ -154,30 +155,36 @@ __device__ __forceinline__ Elems<int8_t, kVec> quantized(const Elems<X, kVec>& v
   return codes;
 }
 
-template <typename X, typename C, typename W, int kVec, bool kIsInt8>
-__global__ void __launch_bounds__(32 * kHeads)
+// Heads that have as many lanes as vectors: nothing is summed over them, so they need be no warp.
+template <int kVec, bool kNormed, bool kIsInt8>
+constexpr bool is_one_piece = kVec > 1 && !kNormed && !kIsInt8;
+
+// kNormed: with a norm, or two; without, registers for its weights would halve the warps in flight.
+template <typename X, typename C, typename W, int kVec, bool kNormed, bool kIsInt8>
+__global__ void __launch_bounds__(kThreads)
     rope_append_kernel(const __grid_constant__ RopeAppendKernelArgs p) {
   using Vector = Elems<X, kVec>;
+  constexpr bool kIsOnePiece = is_one_piece<kVec, kNormed, kIsInt8>;
   griddepcontrol_launch_dependents();
   const int64_t n_qk = p.n_heads + p.n_kv_heads;
   const int64_t n_given = p.values_are_keys ? n_qk : n_qk + p.n_kv_heads;
   const int64_t n_items = p.B * p.S * n_given, n_vectors = p.D / kVec;
-  const int lane = threadIdx.x;
+  const int lane = threadIdx.x, lanes = blockDim.x;  // 32 where they exchange something
   bool is_first = true;
-  for (int64_t item = int64_t{blockIdx.x} * kHeads + threadIdx.y; item < n_items;
-       item += int64_t{gridDim.x} * kHeads) {
+  for (int64_t item = int64_t{blockIdx.x} * blockDim.y + threadIdx.y; item < n_items;
+       item += int64_t{gridDim.x} * blockDim.y) {
     const int64_t head = item % n_given, token = item / n_given;
     const int64_t s = token % p.S, b = token / p.S;
     const bool is_query = head < p.n_heads, is_turned = head < n_qk;
     const void* weight = is_query ? p.q_norm : is_turned ? p.k_norm : nullptr;
     const DType weight_dtype = is_query ? p.q_norm_dtype : p.k_norm_dtype;
-    const bool is_normed = weight != nullptr;
+    const bool is_normed = kNormed && weight != nullptr;
 
     Piece<X, C, W, kVec> pieces[kHeld];
     const auto load_weights = [&] {
 #pragma unroll
       for (int i = 0; i < kHeld; ++i) {
-        const int64_t v = lane + 32 * i;
+        const int64_t v = lane + lanes * i;
         if (is_normed && v < n_vectors) pieces[i].load_weights(p, weight, weight_dtype, v);
       }
     };
@@ -190,7 +197,7 @@ __global__ void __launch_bounds__(32 * kHeads)
     const Vector* from = reinterpret_cast<const Vector*>(static_cast<const X*>(p.qkv) + item * p.D);
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
-      const int64_t v = lane + 32 * i;
+      const int64_t v = lane + lanes * i;
       if (v < n_vectors) pieces[i].load(p, from, b * p.table_stride + s, is_turned, v);
     }
     Vector* to = nullptr;        // of the turned head
@@ -206,7 +213,7 @@ __global__ void __launch_bounds__(32 * kHeads)
       const int64_t place = given < 0 ? given + p.T : given;
       if (place < 0 || place >= p.T) {
         if (lane == 0) note_fault(p.note, kIndexOutOfRange, given, p.T);
-        continue;  // the whole warp
+        continue;  // all lanes of the head
       }
       const int64_t kv_head = head - (is_turned ? p.n_heads : n_qk);
       at_row = (b * p.n_kv_heads + kv_head) * p.T + place;
@@ -230,22 +237,24 @@ __global__ void __launch_bounds__(32 * kHeads)
       };
 #pragma unroll
       for (int i = 0; i < kHeld; ++i) {
-        if (lane + 32 * i < n_vectors) add_squares(pieces[i].own);
+        if (lane + lanes * i < n_vectors) add_squares(pieces[i].own);
       }
-      for (int64_t v = lane + 32 * kHeld; v < n_vectors; v += 32) add_squares(from[v]);
+      for (int64_t v = lane + lanes * kHeld; v < n_vectors; v += lanes) add_squares(from[v]);
       factor = 1.f / sqrtf(warp_sum(sum) / static_cast<float>(p.D) + p.eps);
     }
 
     const auto for_each_piece = [&](auto f) {
 #pragma unroll
       for (int i = 0; i < kHeld; ++i) {
-        if (lane + 32 * i < n_vectors) f(pieces[i], lane + 32 * i);
+        if (lane + lanes * i < n_vectors) f(pieces[i], lane + lanes * i);
       }
-      for (int64_t v = lane + 32 * kHeld; v < n_vectors; v += 32) {
-        Piece<X, C, W, kVec> piece;
-        if (is_normed) piece.load_weights(p, weight, weight_dtype, v);
-        piece.load(p, from, b * p.table_stride + s, is_turned, v);
-        f(piece, v);
+      if constexpr (!kIsOnePiece) {
+        for (int64_t v = lane + lanes * kHeld; v < n_vectors; v += lanes) {
+          Piece<X, C, W, kVec> piece;
+          if (is_normed) piece.load_weights(p, weight, weight_dtype, v);
+          piece.load(p, from, b * p.table_stride + s, is_turned, v);
+          f(piece, v);
+        }
       }
     };
     if (!kIsInt8 || is_query) {
@@ -282,15 +291,27 @@ __global__ void __launch_bounds__(32 * kHeads)
   }
 }
 
-template <typename X, typename C, typename W, int kVec>
+template <typename X, typename C, typename W, int kVec, bool kNormed, bool kIsInt8>
 cudaError_t launch(const RopeAppendKernelArgs& args, cudaStream_t stream) {
+  int lanes = 32;
+  if constexpr (is_one_piece<kVec, kNormed, kIsInt8>) {
+    for (lanes = 1; lanes < args.D / kVec;) lanes *= 2;
+    if (lanes > kThreads) return launch<X, C, W, 1, kNormed, kIsInt8>(args, stream);
+  }
+  const int heads = kThreads / lanes;
   const int64_t n_given = args.n_heads + (args.values_are_keys ? 1 : 2) * args.n_kv_heads;
-  const int64_t blocks = (args.B * args.S * n_given + kHeads - 1) / kHeads;
+  const int64_t blocks = (args.B * args.S * n_given + heads - 1) / heads;
   if (blocks == 0) return cudaSuccess;
-  const auto kernel = args.k_scale == nullptr ? rope_append_kernel<X, C, W, kVec, false>
-                                              : rope_append_kernel<X, C, W, kVec, true>;
-  return launch_dependent(kernel, static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks),
-                          dim3(32, kHeads), 0, stream, args);
+  return launch_dependent(rope_append_kernel<X, C, W, kVec, kNormed, kIsInt8>,
+                          static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks),
+                          dim3(static_cast<unsigned>(lanes), static_cast<unsigned>(heads)), 0,
+                          stream, args);
+}
+
+template <typename X, typename C, typename W, int kVec, bool kNormed>
+cudaError_t choose_cache(const RopeAppendKernelArgs& args, cudaStream_t stream) {
+  return args.k_scale == nullptr ? launch<X, C, W, kVec, kNormed, false>(args, stream)
+                                 : launch<X, C, W, kVec, kNormed, true>(args, stream);
 }
 
 template <typename X, typename C>
@@ -306,11 +327,14 @@ cudaError_t choose_weight(const RopeAppendKernelArgs& args, cudaStream_t stream)
     return (args.q_norm == nullptr || args.q_norm_dtype == dtype) &&
            (args.k_norm == nullptr || args.k_norm_dtype == dtype);
   };
+  const bool is_normed = args.q_norm != nullptr || args.k_norm != nullptr;
   if (args.D % (2 * kVec) == 0 && pointers % 16 == 0) {
-    if (weights_are(args.dtype)) return launch<X, C, X, kVec>(args, stream);
-    if (weights_are(DType::kFloat32)) return launch<X, C, float, kVec>(args, stream);
+    if (!is_normed) return choose_cache<X, C, X, kVec, false>(args, stream);
+    if (weights_are(args.dtype)) return choose_cache<X, C, X, kVec, true>(args, stream);
+    if (weights_are(DType::kFloat32)) return choose_cache<X, C, float, kVec, true>(args, stream);
   }
-  return launch<X, C, AnyFloat, 1>(args, stream);
+  return is_normed ? choose_cache<X, C, AnyFloat, 1, true>(args, stream)
+                   : choose_cache<X, C, X, 1, false>(args, stream);
 }
 
 template <typename X>
