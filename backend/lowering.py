@@ -43,6 +43,7 @@ def export(
     external_weights: bool = False,
     devices: Sequence[str] = EXPORT_DEVICES,
     fusions: str | Collection[str] = "all",
+    kv_cache: str = "none",
 ) -> Path:
     """Write a model with int4 weights as a ``.pte``; returns its path.
 
@@ -67,6 +68,7 @@ def export(
         external_weights: put all constants into ``<path without .pte>.ptd``.
         devices: where the file is to run; see :class:`CudaInt4Partitioner`.
         fusions: which ops are made one kernel; see :class:`CudaInt4Partitioner`.
+        kv_cache: ``"int8"`` keeps the key-value caches in int8; see there.
 
     Raises:
         ValueError: an int4 weight that cannot be honoured, a tensor without data, or a mutated
@@ -87,6 +89,7 @@ def export(
         external_weights=target.stem if external_weights else None,
         devices=devices,
         fusions=fusions,
+        kv_cache=kv_cache,
     )
     training = [module for module in model.modules() if module.training]
     with progress(f"export {target.name}", _STEPS) as advance, torch.no_grad():

@@ -92,6 +92,7 @@ _STRUCTS = {
     "rope_append": _native.RopeAppendArgs,
 }
 _WRITTEN_ARGS = {"rope_append": ("k_cache", "v_cache", "k_scale", "v_scale")}  # beside the results
+_RESULTS_LIKE = {"rope_append": 2}  # the argument whose dtype results have, where not the first
 # The ops that take scratch (c_api.h), and what they take behind it: no quantized_x for linear.
 _NEEDS_SCRATCH: dict[str, tuple] = {"linear": (None,), "attention": ()}
 # What others take behind the stream: no quantized_y.
@@ -236,13 +237,15 @@ def _register(library: torch.library.Library, op: str) -> None:
                     f"is, got {tensor.device}; move it there"
                 )
 
+    like = _RESULTS_LIKE.get(op, 0)
+
     def as_result(tensors):  # type: ignore[no-untyped-def]
         return tuple(tensors) if several else tensors[0]
 
     def functional(*args):  # type: ignore[no-untyped-def]
         check_devices(args)
         shape = _OUT_SHAPES[op](*args)
-        made = [torch.empty(shape, dtype=args[0].dtype, device=args[0].device) for _ in names]
+        made = [torch.empty(shape, dtype=args[like].dtype, device=args[0].device) for _ in names]
         _run(op, args, *made)
         return as_result(made)
 
@@ -251,10 +254,10 @@ def _register(library: torch.library.Library, op: str) -> None:
         shape = _OUT_SHAPES[op](*args)
         tensors = [given[name] for name in names]
         for name, out in given.items():
-            if out.dtype != args[0].dtype:
+            if out.dtype != args[like].dtype:
                 raise ValueError(
-                    f"cuda_int4.{op}: expected {name} of {args[0].dtype}, got {out.dtype}; "
-                    "the result has the dtype of the first argument"
+                    f"cuda_int4.{op}: expected {name} of {args[like].dtype}, got {out.dtype}; "
+                    f"the result has the dtype of {_NAMES[op][like]}"
                 )
             if list(out.shape) != shape:
                 out.resize_(shape)
@@ -267,7 +270,7 @@ def _register(library: torch.library.Library, op: str) -> None:
         return as_result(tensors)
 
     def fake(*args):  # type: ignore[no-untyped-def]
-        return as_result([args[0].new_empty(_OUT_SHAPES[op](*args)) for _ in names])
+        return as_result([args[like].new_empty(_OUT_SHAPES[op](*args)) for _ in names])
 
     def fake_out(*args, **given):  # type: ignore[no-untyped-def]
         return as_result([given[name] for name in names])

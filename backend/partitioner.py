@@ -37,6 +37,7 @@ from ._native import DTYPE_NUMBERS, EXPORT_DEVICES, supported_ops
 from .layouts import ACTIVATIONS, check_layout
 from .nested_program import operator_name
 from .passes import (
+    KV_CACHES,
     chosen_fusions,
     resolve_attention,
     resolve_dim_order,
@@ -90,12 +91,14 @@ class CudaInt4Partitioner(Partitioner):
             them has a kernel for it. No GPU is needed for that.
         fusions: which ops are made one kernel where they meet: ``"all"``, ``"none"``, or names out
             of ``FUSIONS`` (passes/__init__.py), such as ``["linears", "gate_mul"]``.
+        kv_cache: ``"int8"`` keeps the key-value caches as int8 with a scale a token and head, half
+            of the bytes that a long context costs; ``"none"``, in the dtype that the model has.
 
     Attributes:
         report: what the last ``partition`` left outside: dicts of ``node``, ``op`` and ``reason``.
 
     Raises:
-        ValueError: an unknown layout, activation, device or fusion; from ``partition``, an int4
+        ValueError: an unknown layout, activation, device, fusion or kind of cache; from ``partition``, an int4
             linear that cannot be honoured.
     """
 
@@ -107,6 +110,7 @@ class CudaInt4Partitioner(Partitioner):
         external_weights: str | None = None,
         devices: Sequence[str] = EXPORT_DEVICES,
         fusions: str | Collection[str] = "all",
+        kv_cache: str = "none",
     ):
         super().__init__()
         check_layout(layout)  # refuses a name that no layout has
@@ -114,6 +118,11 @@ class CudaInt4Partitioner(Partitioner):
             raise ValueError(
                 f"CudaInt4Partitioner: expected activation in {ACTIVATIONS}, got {activation!r}; "
                 "'none' is w4a16, 'int8' is w4a8"
+            )
+        if kv_cache not in KV_CACHES:
+            raise ValueError(
+                f"CudaInt4Partitioner: expected kv_cache in {KV_CACHES}, got {kv_cache!r}; 'none' "
+                "leaves the caches in the model's dtype"
             )
         if isinstance(devices, str) or not devices:
             raise ValueError(
@@ -124,6 +133,7 @@ class CudaInt4Partitioner(Partitioner):
             supported_ops(device)  # refuses a name that is no device
         self.devices = tuple(devices)
         self.fusions = chosen_fusions(fusions, who="CudaInt4Partitioner")
+        self.kv_cache = kv_cache
         self.layout = layout
         self.activation = activation
         self.external_weights = external_weights
@@ -137,6 +147,7 @@ class CudaInt4Partitioner(Partitioner):
             external_weights=self.external_weights or "",
             devices=",".join(self.devices),
             fusions=",".join(self.fusions),
+            kv_cache=self.kv_cache,
             outside=json.dumps(self.report),
         )
 

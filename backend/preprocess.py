@@ -79,7 +79,8 @@ class CudaInt4Backend(BackendDetails):
         """Lower one partition.
 
         Raises:
-            ValueError: a weight that cannot be honoured, or a mutated buffer that starts non-zero.
+            ValueError: a weight that cannot be honoured, a mutated buffer that starts non-zero, or
+                a cache that cannot be int8 as it was asked for.
         """
         specs = decode_specs(compile_specs)
         check_constants(edge_program)
@@ -88,6 +89,7 @@ class CudaInt4Backend(BackendDetails):
             specs.get("layout", "auto"),
             specs.get("activation", "none"),
             specs["fusions"].split(","),
+            specs.get("kv_cache", "none"),
         )
         linears = _linears(program)
         nested = emit_nested_program(program)

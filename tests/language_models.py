@@ -369,7 +369,9 @@ def export_delegated(
     return path
 
 
-def export_toy_llama(path: Path, context: int = 64, fusions: str = "all", **methods: Any) -> Path:
+def export_toy_llama(
+    path: Path, context: int = 64, fusions: Any = "all", kv_cache: str = "none", **methods: Any
+) -> Path:
     """Write ``toy_llama(context)`` as a .pte with one delegate."""
     import cuda_int4
 
@@ -381,6 +383,7 @@ def export_toy_llama(path: Path, context: int = 64, fusions: str = "all", **meth
         dynamic_shapes=shapes,
         constant_methods=constant_methods(context, **methods),
         fusions=fusions,
+        kv_cache=kv_cache,
     )
     return path
 

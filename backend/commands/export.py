@@ -67,6 +67,13 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
         " (a wrong name lists them; default: %(default)s)",
     )
     parser.add_argument(
+        "--kv-cache",
+        choices=["none", "int8"],
+        default="none",
+        help="int8 keeps keys and values in half of the bytes, with a scale a token and head"
+        " (default: in the model's dtype)",
+    )
+    parser.add_argument(
         "--external-weights",
         action="store_true",
         help="put the weights into a .ptd beside the .pte",
@@ -98,6 +105,7 @@ def export_command(args: argparse.Namespace) -> int:
         external_weights=args.external_weights,
         devices=args.devices,
         fusions=args.fusions if args.fusions in ("all", "none") else args.fusions.split(","),
+        kv_cache=args.kv_cache,
         **parts,
     )
     summary = cuda_int4.inspect(path)

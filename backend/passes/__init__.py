@@ -23,6 +23,7 @@ from .merge_linears import MergeLinearsPass
 from .norm_before_select import NormBeforeSelectPass
 from .pack_weights import PackWeightsPass
 from .positions import PositionsPass
+from .quantize_cache import KV_CACHES, QuantizeCachePass
 from .resolve_attention import ResolveAttentionPass
 from .resolve_dim_order import ResolveDimOrderPass
 from .resolve_int4_linear import ResolveInt4LinearPass
@@ -33,6 +34,7 @@ from .widen_index_put import WidenIndexPutPass
 
 __all__ = [
     "FUSIONS",
+    "KV_CACHES",
     "AssignLayoutPass",
     "FoldDequantizePass",
     "FuseAddRmsNormPass",
@@ -44,6 +46,7 @@ __all__ = [
     "NormBeforeSelectPass",
     "PackWeightsPass",
     "PositionsPass",
+    "QuantizeCachePass",
     "ResolveAttentionPass",
     "ResolveDimOrderPass",
     "ResolveInt4LinearPass",
@@ -90,7 +93,10 @@ def chosen_fusions(fusions: str | Collection[str], *, who: str) -> tuple[str, ..
 
 
 def ordered_passes(
-    layout: str, activation: str, fusions: Collection[str] = tuple(FUSIONS)
+    layout: str,
+    activation: str,
+    fusions: Collection[str] = tuple(FUSIONS),
+    kv_cache: str = "none",
 ) -> list[ExportedProgramPassBase]:
     """The passes, in the order in which they run."""
     return [
@@ -112,6 +118,8 @@ def ordered_passes(
         WidenIndexPutPass(),
         # Behind all that they match: packed constants, and our own ops.
         *(FUSIONS[name]() for name in FUSIONS if name in fusions),
+        # Needs rope_append, the one op that writes int8.
+        *([QuantizeCachePass()] if kv_cache == "int8" else []),
         # Last: our own ops return contiguous tensors, which makes more of these copies needless.
         ResolveDimOrderPass(),
     ]
@@ -122,8 +130,9 @@ def run_passes(
     layout: str,
     activation: str,
     fusions: Collection[str] = tuple(FUSIONS),
+    kv_cache: str = "none",
 ) -> ExportedProgram:
     """Run all passes on ``program``, in place; returns it."""
-    for a_pass in ordered_passes(layout, activation, fusions):
+    for a_pass in ordered_passes(layout, activation, fusions, kv_cache):
         program = a_pass(program).exported_program
     return program

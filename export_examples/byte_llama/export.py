@@ -42,6 +42,7 @@ def build(
     max_context: int = 2048,
     max_sequences: int = 1,
     external_weights: bool = False,
+    kv_cache: str = "none",
 ) -> tuple[ByteLlama, str]:
     """Quantize, export, and write ``path``; with ``prune``, made 2:4 by magnitude before.
 
@@ -79,6 +80,7 @@ def build(
             **({"get_max_batch": max_sequences} if max_sequences > 1 else {}),
         },
         external_weights=external_weights,
+        kv_cache=kv_cache,
     )
     return model, str(written)
 
@@ -167,6 +169,7 @@ def main() -> None:
         "--max-sequences", type=int, default=1, help="texts to go on with in one call, up to"
     )
     parser.add_argument("--external-weights", action="store_true", help="weights in a .ptd")
+    parser.add_argument("--kv-cache", choices=["none", "int8"], default="none")
     parser.add_argument("--check", type=int, default=0, help="compare this many tokens with eager")
     args = parser.parse_args()
     if args.check and args.max_sequences > 1:
@@ -184,6 +187,7 @@ def main() -> None:
         max_context=args.max_context,
         max_sequences=args.max_sequences,
         external_weights=args.external_weights,
+        kv_cache=args.kv_cache,
     )
     print(f"{path}: {Path(path).stat().st_size / 1e6:.2f} MB")
     if args.check:
