@@ -468,6 +468,49 @@ void test_shared_activation_is_made_once() {
   CHECK(give(&x) != nullptr && shared.generation() == 2);
 }
 
+void test_shared_activation_is_made_ahead() {
+  Counting device;
+  SharedActivation shared(device);
+  const EValue x, other;
+  float memory[64];
+  LinearArgs args{};
+  args.x.data = memory;
+  args.x.ndim = 2;
+  args.x.sizes[0] = 2;
+  args.x.sizes[1] = 32;
+  args.x.nbytes = sizeof(memory);
+  const auto take = [&](const EValue* value) {
+    ExecutionContext execution{};
+    CHECK(shared.take(value, args.x, &execution) == Error::Ok);
+    return static_cast<const void*>(execution.quantized_y);
+  };
+  const auto give = [&](const EValue* value) {
+    ExecutionContext execution{};
+    CHECK(shared.give(value, args, &execution) == Error::Ok);
+    return execution.quantized_x;
+  };
+  quantized = 0;
+  CHECK(take(&x) == nullptr && device.allocations == 0);  // no linear has asked for it
+  const void* first = give(&x);
+  CHECK(quantized == 1);
+  shared.forget();  // the next run
+  CHECK(take(&x) == first && give(&x) == first && quantized == 1);
+  CHECK(take(&other) == nullptr && give(&x) == first && quantized == 1);
+  CHECK(give(&other) == first && quantized == 2);
+  CHECK(take(&x) == first && give(&other) == first && quantized == 3);  // it was x's in between
+  CHECK(give(&x) == first && quantized == 4);
+  args.x.nbytes = 0;
+  CHECK(take(&x) == nullptr);
+  args.x.nbytes = 2 * sizeof(memory);
+  args.x.sizes[0] = 4;
+  device.full = true;
+  ExecutionContext execution{};
+  CHECK(shared.take(&x, args.x, &execution) == Error::MemoryAllocationFailed);
+  CHECK(execution.quantized_y == nullptr && shared.generation() == 1);
+  device.full = false;
+  CHECK(take(&x) != nullptr && shared.generation() == 2);
+}
+
 void test_devices() {
   std::unique_ptr<Device> device;
   for (const char* name : {"tpu", "cuda:", "cuda:x", "cuda:-1", "cuda:0x", "cuda0", "CPU", "cpu:0"})
@@ -519,6 +562,7 @@ int main() {
   test_upload_ring();
   test_settled_shapes_drop_the_oldest();
   test_shared_activation_is_made_once();
+  test_shared_activation_is_made_ahead();
   test_devices();
   test_own_ops_refuse_any_arguments();
   test_cuda_ops();
