@@ -98,8 +98,8 @@ class CudaInt4Partitioner(Partitioner):
         report: what the last ``partition`` left outside: dicts of ``node``, ``op`` and ``reason``.
 
     Raises:
-        ValueError: an unknown layout, activation, device, fusion or kind of cache; from ``partition``, an int4
-            linear that cannot be honoured.
+        ValueError: an unknown layout, activation, device, fusion or kind of cache; from
+            ``partition``, an int4 linear that cannot be honoured.
     """
 
     def __init__(

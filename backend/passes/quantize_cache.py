@@ -32,9 +32,9 @@ class QuantizeCachePass(ExportedProgramPassBase):
     After:  q = cuda_int4.rope_append(k_cache, v_cache, ..., k_scale, v_scale)          of int8
             y = cuda_int4.attention(q, k_cache, v_cache, None, ..., k_scale, v_scale)
 
-    k_scale and v_scale are new buffers [B, Hkv, T] of float32, zeros at first as the caches are. One
-    scale a token and head: a token's codes never change when later ones arrive, and a scale is a
-    factor of a whole score or of a whole probability, outside of the products of attention.
+    k_scale and v_scale are new buffers [B, Hkv, T] of float32, zeros at first as the caches are.
+    One scale a token and head: a token's codes never change when later ones arrive, and a scale is
+    a factor of a whole score or of a whole probability, outside of the products of attention.
 
     Runs only where it is asked for, and then nothing is left alone in silence.
 

@@ -12,10 +12,10 @@
 //
 // Requires  D % 8 == 0 (i8: D % 16 == 0), D <= 512, S <= kMaxQueries, no mask   (checked by
 //           fits_attention_decode)
-// Grid      (item, rank) blocks of 4 warps; an item is kRows query rows of one key head (b, hkv),
-//           counted over the query heads that share it, its blocks are one cluster. How many
-//           depends on the shapes; how many of them work, on the positions: a graph that was
-//           captured once is quick on a short context and has all multiprocessors read a long one.
+// Grid      (rank, block of rows of a key head, b) blocks of 8 warps; an item is kRows query rows of
+//           one key head (b, hkv), counted over the query heads that share it, its blocks are one
+//           cluster. How many depends on the shapes: as many as run side by side; how many of them
+//           work, on the positions: a graph that was captured once is quick on a short context
 //           A block takes a stretch of the keys, a group of kParts warps every n_groups-th tile of
 //           16 of it, each warp 128 columns. At the end each block sends its sums to the blocks
 //           that own a part of the rows, which add them up
@@ -44,10 +44,10 @@ namespace cuda_int4 {
 
 namespace {
 
-constexpr int kWarps = 4;        // of a block: two blocks share a multiprocessor
+constexpr int kWarps = 8;        // of a block
 constexpr int kMaxQueries = 16;  // S
 constexpr int kMaxCluster = 16;
-constexpr int kBlockTiles = 4;  // twice as many blocks work where each gets as many
+constexpr int kBlockTiles = 8;  // twice as many blocks work where each gets as many
 [[maybe_unused]] constexpr int kPrefetchBytes = 32 << 10;  // of keys, and of values, of a block
 // What v_scale is multiplied with when it goes into a probability: of the largest fp16 values' too
 // the product is finite, and of small ones not below what fp16 holds well.
@@ -59,7 +59,7 @@ template <typename KV, int kD_, int kRowTiles_>
 struct DecodeShape {
   static constexpr int kD = kD_, kRowTiles = kRowTiles_, kRows = 8 * kRowTiles;
   static constexpr bool kIsInt8 = sizeof(KV) == 1;
-  static constexpr int kStages = kIsInt8 ? 5 : 3;  // tiles of a warp in flight or in use
+  static constexpr int kStages = kIsInt8 ? 3 : 2;          // tiles of a warp in flight or in use
   static constexpr int kParts = kD <= 128 ? 1 : kD / 128;  // warps that share a tile
   static constexpr int kGroups = kWarps / kParts;
   static constexpr int kColumns = kD / kParts;  // of each
@@ -69,7 +69,7 @@ struct DecodeShape {
   static constexpr int kTileBytes = kTileElems * static_cast<int>(sizeof(KV));
   static constexpr int kScaleBytes = kIsInt8 ? 2 * kTileKeys * 4 : 0;
   static constexpr int kStageBytes = 2 * kTileBytes + kScaleBytes;
-  static constexpr int kSumPitch = kColumns + 4;         // floats
+  static constexpr int kSumPitch = kColumns + 4;                          // floats
   [[maybe_unused]] static constexpr bool kHoldsQueries = kRowTiles == 1;  // in registers
   static constexpr int kQueryBytes = kRows * kQueryPitch * 2;
   // Scores of a group's warps, twice for each group.
@@ -111,15 +111,16 @@ struct Stretch {
 };
 
 // What row `lane` of the item sees, without one nothing; positions are read anew at each call.
-__device__ __forceinline__ int2 read_range(const AttentionKernelArgs& p, int b, int s, bool is_row) {
+__device__ __forceinline__ int2 read_range(const AttentionKernelArgs& p, int b, int s,
+                                           bool is_row) {
   const int T = static_cast<int>(p.T);
   if (!is_row) return {T, 0};
   if (p.input_pos == nullptr) return {0, p.is_causal ? min(s + 1, T) : T};
   const int64_t at = b * p.pos_stride + s;
   const int64_t pos =
-      p.pos_is_int64
-          ? load_global_early_s64(static_cast<const int64_t*>(p.input_pos) + at)
-          : static_cast<int32_t>(load_global_early_u32(static_cast<const int32_t*>(p.input_pos) + at));
+      p.pos_is_int64 ? load_global_early_s64(static_cast<const int64_t*>(p.input_pos) + at)
+                     : static_cast<int32_t>(
+                           load_global_early_u32(static_cast<const int32_t*>(p.input_pos) + at));
   const int64_t begin = p.window > 0 && pos >= p.window ? pos - p.window + 1 : 0;
   if (pos < 0 || begin >= T) return {T, 0};
   return {static_cast<int>(begin), pos < T ? static_cast<int>(pos) + 1 : T};
@@ -319,7 +320,8 @@ __device__ __forceinline__ Merged merge_groups(const char* warps, int row, int d
 template <typename T, typename Shape>
 __device__ __forceinline__ void store_columns(const AttentionKernelArgs& p, int b, int first_head,
                                               int r, int d, const float4& total, float sum_p) {
-  const int h = p.S == 1 ? r : r / static_cast<int>(p.S), s = p.S == 1 ? 0 : r % static_cast<int>(p.S);
+  const int h = p.S == 1 ? r : r / static_cast<int>(p.S),
+            s = p.S == 1 ? 0 : r % static_cast<int>(p.S);
   T* y = static_cast<T*>(p.y) + b * p.y_strides[0] + (first_head + h) * p.y_strides[1] +
          s * p.y_strides[2];
   store_row<T>(y + d, total, Shape::kIsInt8 ? sum_p * kValueFactor : sum_p);
@@ -449,8 +451,8 @@ __global__ void __launch_bounds__(32 * kWarps)
     const int h = S == 1 ? r : r / S, s = S == 1 ? 0 : r % S;
     const T* q = static_cast<const T*>(p.q) + b * p.q_strides[0] +
                  (first_head + h) * p.q_strides[1] + s * p.q_strides[2] + d;
-    cp_async_16_or_zero(shared_address(shared) + (row * Shape::kQueryPitch + d) * 2,
-                        copy ? q : p.q, copy);
+    cp_async_16_or_zero(shared_address(shared) + (row * Shape::kQueryPitch + d) * 2, copy ? q : p.q,
+                        copy);
   }
   cp_async_commit();
 
@@ -458,7 +460,8 @@ __global__ void __launch_bounds__(32 * kWarps)
   v += first_column;
   const float scale = p.scale * kLog2E, softcap = p.softcap * kLog2E;
   const int64_t first_scale = (int64_t{b} * p.Hkv + h_kv) * T_keys;
-  const bool is_dense = p.k_strides[2] == Shape::kD && p.v_strides[2] == Shape::kD && D == Shape::kD;
+  const bool is_dense =
+      p.k_strides[2] == Shape::kD && p.v_strides[2] == Shape::kD && D == Shape::kD;
   int to_load = 0;
   const auto load_next = [&](int stage) {
     if (to_load < stretch.last_tile) {
@@ -499,7 +502,8 @@ __global__ void __launch_bounds__(32 * kWarps)
     cp_async_wait<0>();
     __syncwarp();
   }
-  if (rank >> stretch.log2_active != 0) {  // the whole block; it has arrived, and nobody waits for it
+  if (rank >> stretch.log2_active !=
+      0) {  // the whole block; it has arrived, and nobody waits for it
     cp_async_wait<0>();
     return;
   }
@@ -522,7 +526,8 @@ __global__ void __launch_bounds__(32 * kWarps)
   }
   cp_async_wait<Shape::kStages - 1>();
   __syncthreads();
-  using Queries = std::conditional_t<Shape::kIsInt8, Int8Queries<Shape>, ::cuda_int4::Queries<Shape>>;
+  using Queries =
+      std::conditional_t<Shape::kIsInt8, Int8Queries<Shape>, ::cuda_int4::Queries<Shape>>;
   const Queries queries = [&] {
     if constexpr (Shape::kIsInt8) {
       return Queries(shared + first_column * 2);
@@ -679,43 +684,43 @@ auto with_types(const AttentionKernelArgs& args, F f) {
 
 constexpr int kMaxDevices = 64;
 
-// The largest cluster of this kernel that the current device runs; 0: none, it has no code for it.
-// Asked once per device.
+template <typename Kernel>
+cudaError_t prepare(Kernel kernel, int shared_bytes) {
+  const cudaError_t code =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (code != cudaSuccess) return code;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+}
+
+// How many clusters of `size` blocks (a power of 2) of this kernel the current device runs side by
+// side; 0: none, or it has no code for them. Asked once per device and size.
 template <typename T, typename KV, typename Shape>
-int largest_cluster() {
-  static std::atomic<int> known[kMaxDevices];  // the answer + 1
+int count_clusters(int size) {
+  static std::atomic<int> known[kMaxDevices][kMaxCluster + 1];  // the answer + 1
   int device = 0;
   if (cudaGetDevice(&device) != cudaSuccess || device >= kMaxDevices) return 0;
-  if (const int answer = known[device].load(std::memory_order_relaxed); answer != 0) {
+  if (const int answer = known[device][size].load(std::memory_order_relaxed); answer != 0) {
     return answer - 1;
   }
   const auto kernel = attention_decode_kernel<T, KV, Shape>;
   cudaFuncAttributes attributes = {};
+  cudaLaunchAttribute cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {static_cast<unsigned>(size), 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(size));
+  config.blockDim = dim3(32, kWarps);
+  config.dynamicSmemBytes = Shape::kSharedBytes;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
   int answer = 0;
-  if (cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90 &&
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           Shape::kSharedBytes) == cudaSuccess &&
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) ==
-          cudaSuccess) {
-    for (int size = kMaxCluster; size >= 1 && answer == 0; size /= 2) {
-      cudaLaunchAttribute cluster = {};
-      cluster.id = cudaLaunchAttributeClusterDimension;
-      cluster.val.clusterDim = {static_cast<unsigned>(size), 1, 1};
-      cudaLaunchConfig_t config = {};
-      config.gridDim = dim3(static_cast<unsigned>(size));
-      config.blockDim = dim3(32, kWarps);
-      config.dynamicSmemBytes = Shape::kSharedBytes;
-      config.attrs = &cluster;
-      config.numAttrs = 1;
-      int n_clusters = 0;
-      if (cudaOccupancyMaxActiveClusters(&n_clusters, kernel, &config) == cudaSuccess &&
-          n_clusters > 0) {
-        answer = size;
-      }
-    }
-  }
+  const bool runs = cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess &&
+                    attributes.ptxVersion >= 90 &&
+                    prepare(kernel, Shape::kSharedBytes) == cudaSuccess &&
+                    cudaOccupancyMaxActiveClusters(&answer, kernel, &config) == cudaSuccess;
+  if (!runs) answer = 0;
   cudaGetLastError();  // a no is an answer
-  known[device].store(answer + 1, std::memory_order_relaxed);
+  known[device][size].store(answer + 1, std::memory_order_relaxed);
   return answer;
 }
 
@@ -724,13 +729,14 @@ cudaError_t launch(const AttentionKernelArgs& args, cudaStream_t stream) {
   const int64_t rep = args.Hq / args.Hkv, rows = rep * args.S;
   const int n_row_blocks = static_cast<int>((rows + Shape::kRows - 1) / Shape::kRows);
   const int64_t n_items = args.B * args.Hkv * n_row_blocks;
-  const int64_t n_sms = device_attribute(cudaDevAttrMultiProcessorCount);
   const int64_t most_useful = args.T / (kTileKeys * kBlockTiles);
-  int n_ranks = largest_cluster<T, KV, Shape>();
-  while (n_ranks > 1 && (n_ranks * n_items > n_sms || n_ranks > most_useful)) n_ranks /= 2;
+  int n_ranks = kMaxCluster;  // or the most that run side by side
+  while (n_ranks > 1 &&
+         (n_ranks > most_useful || count_clusters<T, KV, Shape>(n_ranks) < n_items)) {
+    n_ranks /= 2;
+  }
   const auto kernel = attention_decode_kernel<T, KV, Shape>;
-  const cudaError_t code = cudaFuncSetAttribute(
-      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSharedBytes);
+  const cudaError_t code = prepare(kernel, Shape::kSharedBytes);
   if (code != cudaSuccess) return code;
   const dim3 grid(static_cast<unsigned>(n_ranks), static_cast<unsigned>(args.Hkv * n_row_blocks),
                   static_cast<unsigned>(args.B));
@@ -741,8 +747,8 @@ cudaError_t launch(const AttentionKernelArgs& args, cudaStream_t stream) {
 
 bool fits_int8(const AttentionKernelArgs& args) {
   const auto aligned = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; };
-  return args.k_scale == nullptr || (args.D % 16 == 0 && args.T % 4 == 0 && aligned(args.k_scale) &&
-                                     aligned(args.v_scale));
+  return args.k_scale == nullptr ||
+         (args.D % 16 == 0 && args.T % 4 == 0 && aligned(args.k_scale) && aligned(args.v_scale));
 }
 
 }  // namespace
@@ -750,10 +756,10 @@ bool fits_int8(const AttentionKernelArgs& args) {
 bool fits_attention_decode(const AttentionKernelArgs& args) {
   constexpr int64_t kMaxGridYZ = 65535, kMaxKeys = (int64_t{1} << 31) - 64;
   return args.mask == nullptr && args.S <= kMaxQueries && args.T <= kMaxKeys &&
-         is_tensor_core_ready(args) && fits_int8(args) &&
-         args.B <= kMaxGridYZ && args.Hq * args.S <= kMaxGridYZ &&
+         is_tensor_core_ready(args) && fits_int8(args) && args.B <= kMaxGridYZ &&
+         args.Hq * args.S <= kMaxGridYZ &&
          with_types(args, [](auto type, auto kv_type, auto shape) {
-           return largest_cluster<decltype(type), decltype(kv_type), decltype(shape)>() > 0;
+           return count_clusters<decltype(type), decltype(kv_type), decltype(shape)>(1) > 0;
          });
 }
 
