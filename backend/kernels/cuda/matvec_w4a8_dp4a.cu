@@ -16,8 +16,8 @@
 //           (L1), or once per lane (kHeldX)
 // Numerics  exact int32 dot per 32 k, the rest in fp32 in a fixed order, one rounding at the store
 // Source    own; all loads of kSteps * kRows groups are in flight before the first is used. High
-//           nibbles are multiplied where they are and the dot shifted once. A grid that stays asks
-//           for its first weights before the kernel ahead has ended (with W4A8Args::constant_weights)
+//           nibbles are multiplied where they are and the dot shifted once. The first weights are asked
+//           for before the kernel ahead has ended (kEarly: with W4A8Args::constant_weights)
 #include <algorithm>
 
 #include "ptx.cuh"
@@ -57,13 +57,13 @@ struct Activation {
   __device__ __forceinline__ void load(const W4A8Args& p, int j, int n_k32) {
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
-      even[m] = load_global_v4(p.a + (int64_t{2 * m} * n_k32 + j) * 16);
-      odd[m] = load_global_v4(p.a + (int64_t{2 * m + 1} * n_k32 + j) * 16);
+      even[m] = load_global_written_v4(p.a + (int64_t{2 * m} * n_k32 + j) * 16);
+      odd[m] = load_global_written_v4(p.a + (int64_t{2 * m + 1} * n_k32 + j) * 16);
     }
     if (kM == 1) {
-      parameter[0] = load_global_v2(p.parameter + j);
+      parameter[0] = load_global_written_v2(p.parameter + j);
     } else {
-      const uint4 both = load_global_v4(p.parameter + 2 * j);
+      const uint4 both = load_global_written_v4(p.parameter + 2 * j);
       parameter[0] = {both.x, both.y};
       parameter[kM - 1] = {both.z, both.w};
     }
@@ -71,7 +71,9 @@ struct Activation {
 };
 
 // kHeldX: a lane's groups of every column are those of its kSteps activations, which it keeps.
-template <int kM, int kRows, int kSteps, int kMinBlocks, bool kHeldX, bool kZero, bool kNarrow>
+// kEarly: weights are asked for ahead of the wait.
+template <int kM, int kRows, int kSteps, int kMinBlocks, bool kHeldX, bool kEarly, bool kZero,
+          bool kNarrow>
 __global__ void __launch_bounds__(32 * kWarps, kMinBlocks)
     matvec_w4a8_dp4a_kernel(W4A8Args p, int group_shift) {
   const int lane = threadIdx.x % 32, row_bytes = static_cast<int>(p.K / 2);
@@ -81,10 +83,8 @@ __global__ void __launch_bounds__(32 * kWarps, kMinBlocks)
   uint32_t n0 = (blockIdx.x * kWarps + threadIdx.x / 32) * kRows;
   if (n0 >= N) return;  // the whole warp
 
-  if (!kHeldX) {
-    griddepcontrol_wait();
-    griddepcontrol_launch_dependents();
-  }
+  griddepcontrol_launch_dependents();
+  if (!kEarly) griddepcontrol_wait();
   // ---- load ----
   uint4 q[kRows][kSteps];
   uint32_t scale[kRows][kSteps], zero[kRows][kSteps];
@@ -95,10 +95,10 @@ __global__ void __launch_bounds__(32 * kWarps, kMinBlocks)
       return;
     }
     const uint8_t* from = p.qdata + (int64_t{n + r} * row_bytes + j * 16);
-    q[r][step] = kHeldX ? load_global_early_v4(from) : load_global_once_v4(from);
+    q[r][step] = kEarly ? load_global_early_v4(from) : load_global_once_v4(from);
     const int64_t group = int64_t{n + r} * n_groups + (j >> group_shift);
-    scale[r][step] = load_bits<kNarrow, kHeldX>(p.scale_dtype, p.scale, group);
-    if (kZero) zero[r][step] = load_bits<kNarrow, kHeldX>(p.zero_point_dtype, p.zero_point, group);
+    scale[r][step] = load_bits<kNarrow, kEarly>(p.scale_dtype, p.scale, group);
+    if (kZero) zero[r][step] = load_bits<kNarrow, kEarly>(p.zero_point_dtype, p.zero_point, group);
   };
   Activation<kM> held[kHeldX ? kSteps : 1];
   if (kHeldX) {
@@ -108,7 +108,6 @@ __global__ void __launch_bounds__(32 * kWarps, kMinBlocks)
       for (int r = 0; r < kRows; ++r) load(n0, r, step * 32 + lane, step);
     }
     griddepcontrol_wait();  // nothing above reads what kernels write
-    griddepcontrol_launch_dependents();
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       held[step].load(p, min(step * 32 + lane, n_k32 - 1), n_k32);
@@ -124,6 +123,7 @@ __global__ void __launch_bounds__(32 * kWarps, kMinBlocks)
 #pragma unroll
           for (int r = 0; r < kRows; ++r) load(n0, r, j0 + step * 32 + lane, step);
         }
+        if (kEarly && j0 == 0) griddepcontrol_wait();  // nothing above reads what kernels write
       }
       // ---- dot, 32 k at a time; sums in fp32 ----
 #pragma unroll
@@ -179,16 +179,24 @@ template <int kM, int kRows, int kSteps, int kMinBlocks, bool kHeldX, bool kZero
           bool kNarrow = true>
 cudaError_t launch(const W4A8Args& args, int n_sms, cudaStream_t stream) {
   constexpr int kBlockRows = kWarps * kRows;
-  const auto kernel =
-      matvec_w4a8_dp4a_kernel<kM, kRows, kSteps, kMinBlocks, kHeldX, kZero, kNarrow>;
   const int64_t blocks = (args.N + kBlockRows - 1) / kBlockRows;
+  const int group_shift = w4a8_group_shift(args);
   if constexpr (kHeldX) {
     const int64_t stays = std::min(blocks, int64_t{n_sms} * kMinBlocks);
-    return launch_w4a8(kernel, static_cast<unsigned>(stays), 32 * kWarps, 0, stream, args,
-                       w4a8_group_shift(args));
+    return launch_w4a8(
+        matvec_w4a8_dp4a_kernel<kM, kRows, kSteps, kMinBlocks, true, true, kZero, kNarrow>,
+        static_cast<unsigned>(stays), 32 * kWarps, 0, stream, args, group_shift);
+  } else {
+    // Ahead of the wait is the first of the rounds of loads along K; of more than 4 it does not pay.
+    const bool is_early =
+        args.constant_weights && args.K <= int64_t{4} * 32 * kSteps * kQuantizedGroup;
+    const auto kernel =
+        is_early
+            ? matvec_w4a8_dp4a_kernel<kM, kRows, kSteps, kMinBlocks, false, true, kZero, kNarrow>
+            : matvec_w4a8_dp4a_kernel<kM, kRows, kSteps, kMinBlocks, false, false, kZero, kNarrow>;
+    return launch_dependent(kernel, static_cast<unsigned>(blocks), 32 * kWarps, 0, stream, args,
+                            group_shift);
   }
-  return launch_dependent(kernel, static_cast<unsigned>(blocks), 32 * kWarps, 0, stream, args,
-                          w4a8_group_shift(args));
 }
 
 constexpr int64_t kLongRun = int64_t{64} << 20;  // weights from which a grid that stays pays

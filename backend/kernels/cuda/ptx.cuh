@@ -108,6 +108,26 @@ __device__ __forceinline__ uint32_t load_global_early_u16(const void* from) {
   return value;
 }
 
+// What the kernel ahead has written, behind a griddepcontrol_wait: the loads of unwritten memory
+// ptxas moves above it as well.
+__device__ __forceinline__ uint4 load_global_written_v4(const void* from) {
+  uint4 value;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(from)
+               : "memory");
+  return value;
+}
+
+__device__ __forceinline__ uint2 load_global_written_v2(const void* from) {
+  uint2 value;
+  asm volatile("ld.global.v2.u32 {%0, %1}, [%2];"
+               : "=r"(value.x), "=r"(value.y)
+               : "l"(from)
+               : "memory");
+  return value;
+}
+
 // ---- loads from shared memory ----
 
 // 16 bytes in one instruction, also where only parts of them are used.
