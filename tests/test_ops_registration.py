@@ -166,5 +166,5 @@ cuda_int4::linear: expected layout coalesced.v1, got the newer "coalesced.v2", w
 cuda_int4::linear: expected K % 32 == 0 and K % group_size == 0, got K=96, group_size=64; pick a
     group_size that divides K, or pad K [InvalidArgument]
 cuda_int4.linear: expected out of torch.bfloat16, got torch.float32; the result has the dtype of
-    the first argument""",
+    x""",
     )
