@@ -195,7 +195,6 @@ __global__ void __launch_bounds__(32 * marlin24_max_warps(8 * kRounds))
   constexpr bool kByTile = kScales == Scales::kTile || kScales == Scales::kAny || kInt8;
   extern __shared__ __align__(128) uint8_t shared[];
   const uint32_t shared_base = shared_address(shared);
-  griddepcontrol_launch_dependents();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int M = static_cast<int>(p.args.M), rank = blockIdx.x;
   const int units_begin = p.units_of.begin(rank), n_units = p.units_of.size(rank);
@@ -358,6 +357,8 @@ __global__ void __launch_bounds__(32 * marlin24_max_warps(8 * kRounds))
     issue_first(0);  // behind x: loads come back in order
     cp_async_wait<kRing>();
   }
+  // Not before x is here: the first units of the kernel behind would come in ahead of it.
+  griddepcontrol_launch_dependents();
   __syncthreads();
 
   // -- this lane's places: of the B operand, in the ring --
