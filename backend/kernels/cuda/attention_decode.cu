@@ -69,8 +69,8 @@ struct DecodeShape {
   static constexpr int kTileBytes = kTileElems * static_cast<int>(sizeof(KV));
   static constexpr int kScaleBytes = kIsInt8 ? 2 * kTileKeys * 4 : 0;
   static constexpr int kStageBytes = 2 * kTileBytes + kScaleBytes;
-  static constexpr int kSumPitch = kColumns + 4;                          // floats
-  [[maybe_unused]] static constexpr bool kHoldsQueries = kRowTiles == 1;  // in registers
+  static constexpr int kSumPitch = kColumns + 4;         // floats
+  static constexpr bool kHoldsQueries = kRowTiles == 1;  // in registers
   static constexpr int kQueryBytes = kRows * kQueryPitch * 2;
   // Scores of a group's warps, twice for each group.
   static constexpr int kTurnBytes = kParts == 1 ? 0 : kParts * kRowTiles * 32 * 16;
@@ -85,6 +85,7 @@ struct DecodeShape {
   static constexpr int kWarpBytes = kRingBytes > kSumsBytes ? kRingBytes : kSumsBytes;
   static constexpr int kSharedBytes = kBlockBytes + kWarps * kWarpBytes;
   static_assert(kRows <= 32, "a lane for each row");
+  static_assert(kHoldsQueries || kRowTiles % 2 == 0, "mma_scores takes row tiles in pairs");
   static_assert(kBlockBytes % 16 == 0 && kWarpBytes % 16 == 0, "tiles are aligned");
 };
 
