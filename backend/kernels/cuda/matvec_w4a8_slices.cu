@@ -38,10 +38,6 @@ constexpr int kStrip = 16;          // columns n of a tile
 constexpr int kTurn = 2 * kStrip;   // columns after which sums are added up
 constexpr int kStride = kTurn + 4;  // floats between rows m of sums: no two lanes hit one bank
 
-// An int32 dot started at these bits is, read as a float, the origin plus the dot.
-constexpr int32_t kDotOriginBits = 0x4b400000;  // 1.5 * 2^23
-constexpr float kDotOrigin = 12582912.f;
-
 // Shared memory in bytes: per warp a ring, a place for its part of a and then its sums (twice), s_x.
 template <int kN8, int kGroups>
 struct Sizes {
@@ -183,6 +179,9 @@ __global__ void __launch_bounds__(32 * kWarps, 1)
   }
   if (n_ranks > 1) cluster_wait();  // all blocks have started: they can be stored to
 
+  // An int32 dot started at these bits is, read as a float, the origin plus the dot.
+  constexpr int32_t kDotOriginBits = 0x4b400000;  // 1.5 * 2^23
+  constexpr float kDotOrigin = 12582912.f;
   const int32_t origin[4] = {kDotOriginBits, kDotOriginBits, kDotOriginBits, kDotOriginBits};
   const uint32_t matrix_address =
       ring_address + lane % 16 * 128 + (lane / 16 ^ (lane % 8)) * 16;  // of pair 0
