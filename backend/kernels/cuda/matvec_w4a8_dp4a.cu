@@ -187,9 +187,10 @@ cudaError_t launch(const W4A8Args& args, int n_sms, cudaStream_t stream) {
         matvec_w4a8_dp4a_kernel<kM, kRows, kSteps, kMinBlocks, true, true, kZero, kNarrow>,
         static_cast<unsigned>(stays), 32 * kWarps, 0, stream, args, group_shift);
   } else {
-    // Ahead of the wait is the first of the rounds of loads along K; of more than 4 it does not pay.
+    // Ahead of the wait is the first of the rounds of loads along K; of more than 4, and with two rows m,
+    // it does not pay.
     const bool is_early =
-        args.constant_weights && args.K <= int64_t{4} * 32 * kSteps * kQuantizedGroup;
+        kM == 1 && args.constant_weights && args.K <= int64_t{4} * 32 * kSteps * kQuantizedGroup;
     const auto kernel =
         is_early
             ? matvec_w4a8_dp4a_kernel<kM, kRows, kSteps, kMinBlocks, false, true, kZero, kNarrow>
