@@ -19,7 +19,7 @@
 //           time through its own ring; the weights are the A operand of mma.m16n8k32, as in
 //           matvec_w4a8_mma.cu. All warps add their sums up together every 32 columns; between the
 //           blocks of a cluster each stores to the one that adds, and all meet once, at the end
-#include <algorithm>
+#include <type_traits>
 
 #include "multiprocessors.cuh"
 #include "ptx.cuh"
@@ -52,16 +52,15 @@ struct Sizes {
   static_assert(kN8 * 8 * kSliceK <= kPlace && kPlace % 128 == 64, "");
 };
 
+// A 16-bit float in the low or the high half of a word.
 template <typename T>
-__device__ __forceinline__ float half_of(uint32_t word, bool high);
-template <>
-__device__ __forceinline__ float half_of<__nv_bfloat16>(uint32_t word, bool high) {
-  return __uint_as_float(high ? word & 0xffff0000u : word << 16);
-}
-template <>
-__device__ __forceinline__ float half_of<__half>(uint32_t word, bool high) {
-  const uint32_t bits = high ? word >> 16 : word & 0xffffu;
-  return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
+__device__ __forceinline__ float half_of(uint32_t word, bool high) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return __uint_as_float(high ? word & 0xffff0000u : word << 16);
+  } else {
+    const uint32_t bits = high ? word >> 16 : word & 0xffffu;
+    return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
+  }
 }
 
 // kGroups: scales of a column and slice.
