@@ -503,20 +503,14 @@ __device__ __forceinline__ void st_release_gpu(uint64_t* pointer, uint64_t value
 
 // ---- warpgroup instructions (sm_90a) ----
 
-// Built with CUDA_INT4_COMPUTE_SANITIZER, registers stay as launched: compute-sanitizer's code needs some of its own,
-// and where a warp has given them back, racecheck ends in "failed to handle a hardware exception".
 template <int kRegisters>
 __device__ __forceinline__ void setmaxnreg_inc() {
-#ifndef CUDA_INT4_COMPUTE_SANITIZER
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
-#endif
 }
 
 template <int kRegisters>
 __device__ __forceinline__ void setmaxnreg_dec() {
-#ifndef CUDA_INT4_COMPUTE_SANITIZER
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
-#endif
 }
 
 __device__ __forceinline__ void wgmma_fence() {
