@@ -12,10 +12,10 @@
 //
 // Requires  D % 8 == 0 (i8: D % 16 == 0), D <= 512, S <= kMaxQueries, no mask   (checked by
 //           fits_attention_decode)
-// Grid      (rank, block of rows of a key head, b) blocks of 8 warps; an item is kRows query rows of
-//           one key head (b, hkv), counted over the query heads that share it, its blocks are one
-//           cluster. How many depends on the shapes: as many as run side by side; how many of them
-//           work, on the positions: a graph that was captured once is quick on a short context
+// Grid      (item, rank) blocks of 4 warps; an item is kRows query rows of one key head (b, hkv),
+//           counted over the query heads that share it, its blocks are one cluster. How many
+//           depends on the shapes; how many of them work, on the positions: a graph that was
+//           captured once is quick on a short context and has all multiprocessors read a long one.
 //           A block takes a stretch of the keys, a group of kParts warps every n_groups-th tile of
 //           16 of it, each warp 128 columns. At the end each block sends its sums to the blocks
 //           that own a part of the rows, which add them up
@@ -44,10 +44,10 @@ namespace cuda_int4 {
 
 namespace {
 
-constexpr int kWarps = 8;        // of a block
+constexpr int kWarps = 4;        // of a block: two blocks share a multiprocessor
 constexpr int kMaxQueries = 16;  // S
 constexpr int kMaxCluster = 16;
-constexpr int kBlockTiles = 8;  // twice as many blocks work where each gets as many
+constexpr int kBlockTiles = 4;  // twice as many blocks work where each gets as many
 [[maybe_unused]] constexpr int kPrefetchBytes = 32 << 10;  // of keys, and of values, of a block
 // What v_scale is multiplied with when it goes into a probability: of the largest fp16 values' too
 // the product is finite, and of small ones not below what fp16 holds well.
@@ -59,7 +59,7 @@ template <typename KV, int kD_, int kRowTiles_>
 struct DecodeShape {
   static constexpr int kD = kD_, kRowTiles = kRowTiles_, kRows = 8 * kRowTiles;
   static constexpr bool kIsInt8 = sizeof(KV) == 1;
-  static constexpr int kStages = kIsInt8 ? 3 : 2;          // tiles of a warp in flight or in use
+  static constexpr int kStages = kIsInt8 ? 5 : 3;          // tiles of a warp in flight or in use
   static constexpr int kParts = kD <= 128 ? 1 : kD / 128;  // warps that share a tile
   static constexpr int kGroups = kWarps / kParts;
   static constexpr int kColumns = kD / kParts;  // of each
@@ -685,43 +685,43 @@ auto with_types(const AttentionKernelArgs& args, F f) {
 
 constexpr int kMaxDevices = 64;
 
-template <typename Kernel>
-cudaError_t prepare(Kernel kernel, int shared_bytes) {
-  const cudaError_t code =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-  if (code != cudaSuccess) return code;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-}
-
-// How many clusters of `size` blocks (a power of 2) of this kernel the current device runs side by
-// side; 0: none, or it has no code for them. Asked once per device and size.
+// The largest cluster of this kernel that the current device runs; 0: none, it has no code for it.
+// Asked once per device.
 template <typename T, typename KV, typename Shape>
-int count_clusters(int size) {
-  static std::atomic<int> known[kMaxDevices][kMaxCluster + 1];  // the answer + 1
+int largest_cluster() {
+  static std::atomic<int> known[kMaxDevices];  // the answer + 1
   int device = 0;
   if (cudaGetDevice(&device) != cudaSuccess || device >= kMaxDevices) return 0;
-  if (const int answer = known[device][size].load(std::memory_order_relaxed); answer != 0) {
+  if (const int answer = known[device].load(std::memory_order_relaxed); answer != 0) {
     return answer - 1;
   }
   const auto kernel = attention_decode_kernel<T, KV, Shape>;
   cudaFuncAttributes attributes = {};
-  cudaLaunchAttribute cluster = {};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {static_cast<unsigned>(size), 1, 1};
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(size));
-  config.blockDim = dim3(32, kWarps);
-  config.dynamicSmemBytes = Shape::kSharedBytes;
-  config.attrs = &cluster;
-  config.numAttrs = 1;
   int answer = 0;
-  const bool runs = cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess &&
-                    attributes.ptxVersion >= 90 &&
-                    prepare(kernel, Shape::kSharedBytes) == cudaSuccess &&
-                    cudaOccupancyMaxActiveClusters(&answer, kernel, &config) == cudaSuccess;
-  if (!runs) answer = 0;
+  if (cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90 &&
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                           Shape::kSharedBytes) == cudaSuccess &&
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) ==
+          cudaSuccess) {
+    for (int size = kMaxCluster; size >= 1 && answer == 0; size /= 2) {
+      cudaLaunchAttribute cluster = {};
+      cluster.id = cudaLaunchAttributeClusterDimension;
+      cluster.val.clusterDim = {static_cast<unsigned>(size), 1, 1};
+      cudaLaunchConfig_t config = {};
+      config.gridDim = dim3(static_cast<unsigned>(size));
+      config.blockDim = dim3(32, kWarps);
+      config.dynamicSmemBytes = Shape::kSharedBytes;
+      config.attrs = &cluster;
+      config.numAttrs = 1;
+      int n_clusters = 0;
+      if (cudaOccupancyMaxActiveClusters(&n_clusters, kernel, &config) == cudaSuccess &&
+          n_clusters > 0) {
+        answer = size;
+      }
+    }
+  }
   cudaGetLastError();  // a no is an answer
-  known[device][size].store(answer + 1, std::memory_order_relaxed);
+  known[device].store(answer + 1, std::memory_order_relaxed);
   return answer;
 }
 
@@ -730,14 +730,13 @@ cudaError_t launch(const AttentionKernelArgs& args, cudaStream_t stream) {
   const int64_t rep = args.Hq / args.Hkv, rows = rep * args.S;
   const int n_row_blocks = static_cast<int>((rows + Shape::kRows - 1) / Shape::kRows);
   const int64_t n_items = args.B * args.Hkv * n_row_blocks;
+  const int64_t n_sms = device_attribute(cudaDevAttrMultiProcessorCount);
   const int64_t most_useful = args.T / (kTileKeys * kBlockTiles);
-  int n_ranks = kMaxCluster;  // or the most that run side by side
-  while (n_ranks > 1 &&
-         (n_ranks > most_useful || count_clusters<T, KV, Shape>(n_ranks) < n_items)) {
-    n_ranks /= 2;
-  }
+  int n_ranks = largest_cluster<T, KV, Shape>();
+  while (n_ranks > 1 && (n_ranks * n_items > n_sms || n_ranks > most_useful)) n_ranks /= 2;
   const auto kernel = attention_decode_kernel<T, KV, Shape>;
-  const cudaError_t code = prepare(kernel, Shape::kSharedBytes);
+  const cudaError_t code = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                Shape::kSharedBytes);
   if (code != cudaSuccess) return code;
   const dim3 grid(static_cast<unsigned>(n_ranks), static_cast<unsigned>(args.Hkv * n_row_blocks),
                   static_cast<unsigned>(args.B));
@@ -760,7 +759,7 @@ bool fits_attention_decode(const AttentionKernelArgs& args) {
          is_tensor_core_ready(args) && fits_int8(args) && args.B <= kMaxGridYZ &&
          args.Hq * args.S <= kMaxGridYZ &&
          with_types(args, [](auto type, auto kv_type, auto shape) {
-           return count_clusters<decltype(type), decltype(kv_type), decltype(shape)>(1) > 0;
+           return largest_cluster<decltype(type), decltype(kv_type), decltype(shape)>() > 0;
          });
 }
 
