@@ -92,7 +92,8 @@ class CudaInt4Partitioner(Partitioner):
         fusions: which ops are made one kernel where they meet: ``"all"``, ``"none"``, or names out
             of ``FUSIONS`` (passes/__init__.py), such as ``["linears", "gate_mul"]``.
         kv_cache: ``"int8"`` keeps the key-value caches as int8 with a scale a token and head, half
-            of the bytes that a long context costs; ``"none"``, in the dtype that the model has.
+            of the bytes that a long context costs, and so far for the CPU: a GPU refuses the
+            file; ``"none"``, in the dtype that the model has.
 
     Attributes:
         report: what the last ``partition`` left outside: dicts of ``node``, ``op`` and ``reason``.

@@ -71,7 +71,9 @@ Status validate_rope_append(const RopeAppendArgs& args) {
   const TensorCheck qkv{kOp, "qkv", "pass qkv.contiguous(), [B, S, (n_heads + 2 * Hkv) * D]"};
   const TensorCheck k_cache{kOp, "k_cache", "make a cache [B or more, Hkv, T, D] with an even D"};
   const TensorCheck v_cache{kOp, "v_cache", "make both caches alike"};
-  const TensorCheck cos{kOp, "cos", "pass tables [S, D], [S, D/2] or the like for each of B, of qkv's dtype or float32"};
+  const TensorCheck cos{
+      kOp, "cos",
+      "pass tables [S, D], [S, D/2] or the like for each of B, of qkv's dtype or float32"};
   const TensorCheck sin{kOp, "sin", "make both tables alike"};
   const TensorCheck input_pos{kOp, "input_pos", "pass one int32 or int64 position per token"};
   const TensorCheck q{kOp, "q", "allocate a contiguous q [B, n_heads, S, D]"};
@@ -287,6 +289,14 @@ Status rope_append_on(const CpuKernels& kernels, const RopeAppendArgs& args,
 Status rope_append(const RopeAppendArgs& args, const ExecutionContext& context) {
   CUDA_INT4_RETURN_IF_ERROR(validate_rope_append(args));
   if (context.device == DeviceKind::kCuda) {
+    // The kernel is there; nobody has held what it writes against the CPU's on a GPU yet.
+    if (args.k_cache.dtype == DType::kInt8) {
+      return error(
+          StatusCode::kUnsupported,
+          "%s: expected caches of float16, bfloat16 or float32 on CUDA, got int8, which so far "
+          "are for the CPU; export with kv_cache=\"none\", or run with device=\"cpu\"",
+          kOp);
+    }
     const CudaKernels* kernels = cuda_kernels();
     return kernels == nullptr ? built_without_cuda(kOp) : kernels->math->rope_append(args, context);
   }
