@@ -70,8 +70,8 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
         "--kv-cache",
         choices=["none", "int8"],
         default="none",
-        help="int8 keeps keys and values in half of the bytes, with a scale a token and head; so far"
-        " for the CPU alone (default: in the model's dtype)",
+        help="int8 keeps keys and values in half of the bytes, with a scale a token and head;"
+        " so far for the CPU alone (default: in the model's dtype)",
     )
     parser.add_argument(
         "--external-weights",

@@ -64,8 +64,8 @@ Status check_mask(const AttentionArgs& args) {
 Status check_positions(const AttentionArgs& args) {
   if (args.window < 0 || args.window > kMaxDim || (args.window > 0 && !args.input_pos.present())) {
     return error(StatusCode::kInvalidArgument,
-                 "%s: expected window 0 (none), or in 1..%" PRId64
-                 " with input_pos, got %" PRId64 " %s input_pos; fix the call",
+                 "%s: expected window 0 (none), or in 1..%" PRId64 " with input_pos, got %" PRId64
+                 " %s input_pos; fix the call",
                  kOp, kMaxDim, args.window, args.input_pos.present() ? "with" : "without");
   }
   if (!args.input_pos.present()) return {};
@@ -146,8 +146,7 @@ Status validate_attention(const AttentionArgs& args) {
     return error(StatusCode::kInvalidArgument,
                  "%s: expected q, k, v and y of one dtype (k and v may both be int8), got %s, %s, "
                  "%s and %s; cast them",
-                 kOp,
-                 dtype_name(q.dtype), dtype_name(k.dtype), dtype_name(args.v.dtype),
+                 kOp, dtype_name(q.dtype), dtype_name(k.dtype), dtype_name(args.v.dtype),
                  dtype_name(args.y.dtype));
   }
   const int64_t Hkv = k.sizes[1];

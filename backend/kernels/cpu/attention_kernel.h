@@ -128,7 +128,8 @@ static void attention_rows(const AttentionJob& job, int64_t b, int64_t hkv, int6
   const int64_t rep = job.Hq / job.Hkv, D = job.D;
   const int64_t D_pad = ceil_div(D, S::kLanes) * S::kLanes;
   AttentionState state;
-  KeyRange seen[kAttentionRows], any = {job.T, 0};  // `any`: from the first key of a row to the last
+  KeyRange seen[kAttentionRows],
+      any = {job.T, 0};  // `any`: from the first key of a row to the last
   for (int64_t r = 0; r < n_rows; ++r) {
     const int64_t h = hkv * rep + (row_begin + r) / job.S, s = (row_begin + r) % job.S;
     load_rows<S>(static_cast<const T*>(job.q) + b * job.q_strides[0] + h * job.q_strides[1] +
@@ -180,8 +181,8 @@ static void attention_rows(const AttentionJob& job, int64_t b, int64_t hkv, int6
 
   for (int64_t r = 0; r < n_rows; ++r) {
     const int64_t h = hkv * rep + (row_begin + r) / job.S, s = (row_begin + r) % job.S;
-    T* y = static_cast<T*>(job.y) + b * job.y_strides[0] + h * job.y_strides[1] +
-           s * job.y_strides[2];
+    T* y =
+        static_cast<T*>(job.y) + b * job.y_strides[0] + h * job.y_strides[1] + s * job.y_strides[2];
     const F factor = S::set1(state.sum_p[r] == 0.f ? 0.f : 1.f / state.sum_p[r]);
     for (int64_t d = 0; d < D; d += S::kLanes) {
       store_partial<S>(y + d, S::mul(S::load(state.sum_pv + r * D_pad + d), factor), D - d);

@@ -62,7 +62,7 @@ struct AttentionJob {
   const void* v;
   const void* mask;  // nullptr, or bool (uint8) or dtype
   void* y;
-  DType dtype;       // of q and y
+  DType dtype;  // of q and y
   bool mask_is_bool, is_causal;
   int64_t B, Hq, Hkv, S, T, D;
   int64_t q_strides[3], k_strides[3], v_strides[3];  // of [B, H, S or T]; that of D is 1

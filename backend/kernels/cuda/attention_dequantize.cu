@@ -37,9 +37,9 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
   for (int w = 0; w < kThreads / 32; ++w) end = max(end, seen_by_warps[w]);
 
-  const int64_t(&strides)[3] = blockIdx.z == 0 ? p.k_strides : p.v_strides;
-  const int8_t* from = static_cast<const int8_t*>(blockIdx.z == 0 ? p.k : p.v) + b * strides[0] +
-                       h * strides[1];
+  const int64_t (&strides)[3] = blockIdx.z == 0 ? p.k_strides : p.v_strides;
+  const int8_t* from =
+      static_cast<const int8_t*>(blockIdx.z == 0 ? p.k : p.v) + b * strides[0] + h * strides[1];
   const float* scale = (blockIdx.z == 0 ? p.k_scale : p.v_scale) + b_h * p.T;
   T* to = (blockIdx.z == 0 ? to_k : to_v) + b_h * p.T * p.D;
   const int64_t n_keys = end - t0 < kKeys ? end - t0 : kKeys;

@@ -86,9 +86,9 @@ struct MaskRows {
 
   __device__ MaskRows(const AttentionKernelArgs& p, int n_rows) {
     by_row = p.mask != nullptr && p.mask_strides[1] != 0;
-    by_query = !by_row && p.S > 1 &&
-               (p.is_causal || p.input_pos != nullptr ||
-                (p.mask != nullptr && p.mask_strides[2] != 0));
+    by_query =
+        !by_row && p.S > 1 &&
+        (p.is_causal || p.input_pos != nullptr || (p.mask != nullptr && p.mask_strides[2] != 0));
     count = by_row ? n_rows : by_query ? static_cast<int>(p.S) : 1;
   }
   __device__ int of(int row_in_block, int s) const {
@@ -193,9 +193,9 @@ __global__ void __launch_bounds__(32 * kMaxWarps)
   const int64_t n_tiles = (range.end + kTileKeys - 1) / kTileKeys;
   const int64_t tile_step = int64_t{plan.n_splits} * plan.n_groups;
   const int chunk_tiles = min(32, kMaskEntries / mask_rows.count);
-  int64_t first_tile =
-      range.begin < range.end ? range.begin / kTileKeys + int64_t{split} * plan.n_groups + group
-                              : n_tiles;
+  int64_t first_tile = range.begin < range.end
+                           ? range.begin / kTileKeys + int64_t{split} * plan.n_groups + group
+                           : n_tiles;
 
   // Lane i looks at tile i of the chunk: which of its keys any row sees.
   const auto look_at_masks = [&] {
@@ -206,9 +206,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps)
         const int r = row_begin + u;  // only where each row has its own mask
         const int s = mask_rows.by_row ? r % S : mask_rows.by_query ? u : 0;
         const int h = h_kv * rep + (mask_rows.by_row ? r / S : 0);
-        const uint32_t seen =
-            seen_keys<T, kTileKeys>(p, find_mask_row<T>(p, b, h, s), key_range(p, b, s),
-                                    tile * kTileKeys);
+        const uint32_t seen = seen_keys<T, kTileKeys>(p, find_mask_row<T>(p, b, h, s),
+                                                      key_range(p, b, s), tile * kTileKeys);
         bits[lane * mask_rows.count + u] = static_cast<uint16_t>(seen);
         any_row |= seen;
       }

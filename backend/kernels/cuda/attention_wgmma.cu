@@ -240,8 +240,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
     if (s >= S || n * 8 >= D) continue;
     const char* from =
         own + n / 8 * Shape::kQueryTileBytes + own_row * 128 + (n % 8 ^ own_row % 8) * 16;
-    T* y = static_cast<T*>(p.y) + b * p.y_strides[0] + h * p.y_strides[1] + s * p.y_strides[2] +
-           n * 8;
+    T* y =
+        static_cast<T*>(p.y) + b * p.y_strides[0] + h * p.y_strides[1] + s * p.y_strides[2] + n * 8;
     *reinterpret_cast<uint4*>(y) = *reinterpret_cast<const uint4*>(from);
   }
 #else
