@@ -133,11 +133,17 @@ def export(config: decode_model.Config, options: argparse.Namespace, path: Path)
         },
         devices=(options.device,),
         fusions=fusions if fusions in ("all", "none") else fusions.split(","),
+        kv_cache=options.kv_cache,
     )
     print(
         f"exported {path.stat().st_size / 1e9:.2f} GB in {time.perf_counter() - start:.1f} s",
         file=sys.stderr,
     )
+
+
+def cache_element_bytes(options: argparse.Namespace) -> int:
+    """Of keys and values."""
+    return 1 if options.kv_cache == "int8" else DTYPES[options.dtype].itemsize
 
 
 def load(path: Path, device: str, cuda_graph: bool) -> Model:
@@ -235,7 +241,7 @@ def measure(
         print(f"prefill {n}: {rows[-1].tokens_per_s:.0f} tokens/s", file=sys.stderr)
         if rival:
             rows.append(Row("linears by cuBLAS", n, rival_times, n))
-    element_bytes = DTYPES[options.dtype].itemsize
+    element_bytes = cache_element_bytes(options)
     if options.generate:
         n = options.prompt
         times = []
@@ -284,7 +290,7 @@ def measure_several(
     n_rows = options.sequences
     shape = (n_rows, max([*options.context, options.prompt]))
     prompts = torch.randint(0, config.vocab_size, shape, generator=generator)
-    element_bytes = DTYPES[options.dtype].itemsize
+    element_bytes = cache_element_bytes(options)
 
     def floor_us(context: int) -> float:
         needed = weight_bytes + n_rows * config.cache_bytes_read(context, element_bytes)
@@ -331,7 +337,7 @@ def take_apart(
     def measured(n_tokens: int, at: int, title: str) -> profile_decode.TokenProfile:
         form = profile_decode.Form(
             config, options.group_size, options.zero_points, LAYOUTS[options.layout],
-            DTYPES[options.dtype].itemsize, n_tokens, at, flops,
+            DTYPES[options.dtype].itemsize, n_tokens, at, flops, cache_element_bytes(options),
         )  # fmt: skip
         tokens = torch.arange(n_tokens).unsqueeze(0) % config.vocab_size
         return profile_decode.measure(
@@ -525,6 +531,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--sequences", type=int, default=1, help="decoded together, each a row of the caches"
+    )
+    parser.add_argument(
+        "--kv-cache", choices=("none", "int8"), default="none", help="how keys and values are kept"
     )
     parser.add_argument("--context", type=int, nargs="+", default=[128, 2048, 8192])
     parser.add_argument("--prefill", type=int, nargs="+", default=[512, 2048])

@@ -50,9 +50,10 @@ class AttentionShape:
         return (self.n_heads + n_projections * self.n_kv_heads) * self.head_dim
 
     def cache_bytes_read(self, context: int, element_bytes: int) -> int:
-        """Bytes of keys and values that one token needs."""
+        """Bytes of keys and values that one token needs; of int8 (1) with a scale a head too."""
         seen = min(context, self.window) if self.window else context
-        return 2 * self.n_kv_heads * self.head_dim * seen * element_bytes
+        row_bytes = self.head_dim * element_bytes + (4 if element_bytes == 1 else 0)
+        return 2 * self.n_kv_heads * seen * row_bytes
 
 
 @dataclasses.dataclass(frozen=True)

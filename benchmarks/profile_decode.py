@@ -53,10 +53,11 @@ class Form:
     group_size: int
     zero_points: bool
     layout_tag: str
-    element_bytes: int  # of activations and caches
+    element_bytes: int  # of activations
     tokens: int  # of this call
     context: int  # tokens before them
     flops: float  # multiply-adds times two, a second; 0: not compared
+    cache_element_bytes: int = 0  # 0: those of activations
 
     def linear_floor_us(self, N: int, K: int, rows: int) -> float:
         """Of one int4 linear."""
@@ -67,6 +68,7 @@ class Form:
     def attention_floor_us(self) -> float:
         """Of all layers."""
         nbytes = operations = 0
+        cache_bytes = self.cache_element_bytes or self.element_bytes
         for layer in range(self.config.n_layers):
             kind = self.config.kinds[layer % len(self.config.kinds)]
             width = kind.n_heads * kind.head_dim
@@ -74,7 +76,7 @@ class Form:
                 min(before + 1, kind.window or before + 1)
                 for before in range(self.context, self.context + self.tokens)
             )
-            nbytes += kind.cache_bytes_read(self.context + self.tokens, self.element_bytes)
+            nbytes += kind.cache_bytes_read(self.context + self.tokens, cache_bytes)
             nbytes += 2 * self.tokens * width * self.element_bytes
             operations += 4 * seen * width
         return self._longer_us(nbytes, operations)

@@ -39,6 +39,7 @@ def test_bytes_of_the_weights_that_a_token_needs():
 def test_bytes_of_the_cache_that_a_token_needs():
     llama, gemma = (decode_model.MODELS[name] for name in ("llama-3-8b", "gemma-4-31b"))
     assert llama.cache_bytes_read(1000, 2) == 1000 * 131072
+    assert llama.cache_bytes_read(1000, 1) == 1000 * (131072 // 2 + 32 * 2 * 8 * 4)
     sliding, full = 50 * 2 * 16 * 256 * 2, 10 * 2 * 4 * 512 * 2
     assert gemma.cache_bytes_read(1000, 2) == 1000 * (sliding + full)
     assert gemma.cache_bytes_read(8192, 2) == 1024 * sliding + 8192 * full
