@@ -190,8 +190,8 @@ changed.pte: expected a .pte or .ptd file, got 40 bytes; it is truncated; export
 changed.pte: expected 9104 bytes, got 9036; it is truncated or damaged; export it again
 changed.pte: expected 9104 bytes, got 9103; it is truncated or damaged; export it again
 changed.pte: expected 9104 bytes, got 9105; it is truncated or damaged; export it again
-changed.pte: expected a seal over 9104 bytes with checksum cdc76f6e, got one over 9104 with
-    f36bcbac; the file is truncated or damaged, export it again
+changed.pte: expected a seal over 9104 bytes with checksum 883adefe, got one over 9104 with
+    b6967a3c; the file is truncated or damaged, export it again
 changed.pte: expected a CudaInt4Backend delegate, got none; lower the model with
     CudaInt4Partitioner
 changed.pte: up.weight.qdata: expected 1024 bytes with checksum 0de41bb9, got 1024 bytes with

@@ -289,12 +289,12 @@ Status rope_append_on(const CpuKernels& kernels, const RopeAppendArgs& args,
 Status rope_append(const RopeAppendArgs& args, const ExecutionContext& context) {
   CUDA_INT4_RETURN_IF_ERROR(validate_rope_append(args));
   if (context.device == DeviceKind::kCuda) {
-    // The kernel is there; nobody has held what it writes against the CPU's on a GPU yet.
+    // The int8 form of the kernel has no check against the CPU's.
     if (args.k_cache.dtype == DType::kInt8) {
       return error(
           StatusCode::kUnsupported,
-          "%s: expected caches of float16, bfloat16 or float32 on CUDA, got int8, which so far "
-          "are for the CPU; export with kv_cache=\"none\", or run with device=\"cpu\"",
+          "%s: expected caches of float16, bfloat16 or float32 on CUDA, got int8; export with "
+          "kv_cache=\"none\", or run with device=\"cpu\"",
           kOp);
     }
     const CudaKernels* kernels = cuda_kernels();

@@ -112,11 +112,17 @@ int32_t cuda_int4_sample_rows(const SampleArgs* args, void* stream) {
         args->vocab_size > kMaxVocab || args->row_stride < args->vocab_size || args->n_slots < 1)
       return fail(
           Error::InvalidArgument,
-          "sample: expected 1 to %lld logits a row, row_stride at least as many, and a slot "
-          "or more, got %lld rows of %lld, row_stride %lld, %lld slots",
-          static_cast<long long>(kMaxVocab), static_cast<long long>(args->n_rows),
+          "sample: expected 0 to %d rows of 1 to %lld logits, row_stride at least as many, and a "
+          "slot or more, got %lld rows of %lld, row_stride %lld, %lld slots; fix the call",
+          INT32_MAX / 8, static_cast<long long>(kMaxVocab), static_cast<long long>(args->n_rows),
           static_cast<long long>(args->vocab_size), static_cast<long long>(args->row_stride),
           static_cast<long long>(args->n_slots));
+    if (args->n_rows > 0 &&
+        (args->logits == nullptr || args->rows == nullptr || args->tokens == nullptr ||
+         args->positions == nullptr || args->words == nullptr))
+      return fail(Error::InvalidArgument,
+                  "sample: expected memory in logits, rows, tokens, positions and words, got "
+                  "nullptr; pass all five");
     ExecutionContext context = {};
     context.device = DeviceKind::kCuda;
     context.stream = stream;

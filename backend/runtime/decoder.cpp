@@ -411,7 +411,10 @@ Error Decoder::Group::prefill() {
       sequence.position = sequence.start + n_read;
       sequence.token_read = sequence.request.prompt[n_read - 1];
       const auto& on_prefill = sequence.request.callbacks.on_prefill;
-      if (on_prefill && !on_prefill(n_read)) sequence.end(StopReason::kInterrupted);
+      if (on_prefill && !on_prefill(n_read)) {
+        sequence.end(StopReason::kInterrupted);
+        stop_reason_ = StopReason::kInterrupted;
+      }
     }
     for (const Sequence& sequence : sequences_)
       if (sequence.is_active) longest_active = std::max(longest_active, sequence.request.n_prompt);
@@ -465,7 +468,7 @@ void Decoder::Group::accept(Sequence& sequence, int64_t token) {
   } else if (sequence.position == decoder_.info_.max_context_len) {
     sequence.end(StopReason::kEndOfContext);
   }
-  stop_reason_ = stats.stop_reason;
+  if (!sequence.is_active) stop_reason_ = stats.stop_reason;
 }
 
 /// Steps that its active sequence can take at most.

@@ -77,9 +77,9 @@ class DelegateMethod final : public DecodeSteps {
   const Profile& profile() const { return profile_; }
   executorch::runtime::Error reset();
 
-  /// Whether it can be the DecodeSteps: on a GPU (or with cpu_loop), its inputs tokens [B, S] and input_pos [S] or [B, S],
-  /// its first output logits, and all its state caches that are written at given positions: a step
-  /// more than wanted would change any other.
+  /// Whether it can be the DecodeSteps: on a GPU (or with cpu_loop), its inputs tokens [B, S] and
+  /// input_pos [S] or [B, S], its first output logits, and all its state caches that are written at
+  /// given positions: a step more than wanted would change any other.
   bool can_step();
   executorch::runtime::Error begin_steps(const DecodeRow* rows, size_t n_rows,
                                          int64_t vocab_size) override;

@@ -47,8 +47,10 @@ Error DelegateMethod::begin_steps(const DecodeRow* rows, size_t n_rows, int64_t 
   const auto info = method_->method_meta().input_tensor_meta(0);
   if (!info.ok()) return info.error();
   if (n_rows == 0 || n_rows > size_t(info->sizes()[0]))
-    return fail(Error::InvalidArgument, "decode: expected as many rows as the model takes, got %zu",
-                n_rows);
+    return fail(Error::InvalidArgument,
+                "decode: expected 1 to %d rows, those of the model's tokens, got %zu; give fewer "
+                "sequences at once",
+                int(info->sizes()[0]), n_rows);
   Error error = place_steps(n_rows);
   if (error != Error::Ok) return error;
   steps_.n_rows = n_rows;
@@ -148,9 +150,10 @@ Error DelegateMethod::sample_step(const SettledOutput& logits) {
   if (row_stride < steps_.vocab_size ||
       tensor.numel() != row_stride * static_cast<int64_t>(steps_.n_rows))
     return fail(Error::InvalidState,
-                "decode: expected a row of at least %lld logits for each of %zu rows, got %lld",
+                "decode: expected one row of at least %lld logits for each of %zu rows of tokens, "
+                "got %lld logits in rows of %lld; export the last token's logits only",
                 static_cast<long long>(steps_.vocab_size), steps_.n_rows,
-                static_cast<long long>(tensor.numel()));
+                static_cast<long long>(tensor.numel()), static_cast<long long>(row_stride));
   SampleArgs args = {};
   args.logits = logits.data;
   args.n_rows = int64_t(steps_.n_rows);
@@ -175,8 +178,11 @@ Error DelegateMethod::sample_step(const SettledOutput& logits) {
 }
 
 Error DelegateMethod::queue_step() {
-  if (!steps_.active || steps_.n_queued - steps_.n_taken >= uint64_t(kMaxQueued))
-    return fail(Error::InvalidState, "decode: expected at most %d steps in the queue",
+  if (!steps_.active)
+    return fail(Error::InvalidState, "decode: expected begin_steps before queue_step, got none");
+  if (steps_.n_queued - steps_.n_taken >= uint64_t(kMaxQueued))
+    return fail(Error::InvalidState,
+                "decode: expected fewer than %d steps in the queue, got as many; take one first",
                 int(kMaxQueued));
   const DeviceScope scope(*device_);
   const bool settles = cuda_graph_ && !device_->reads_host_memory();
@@ -205,8 +211,10 @@ Error DelegateMethod::queue_step() {
 }
 
 Error DelegateMethod::take_step(DecodedToken* tokens) {
-  if (!steps_.active || steps_.n_taken == steps_.n_queued)
-    return fail(Error::InvalidState, "decode: expected a step in the queue, there is none");
+  if (!steps_.active)
+    return fail(Error::InvalidState, "decode: expected begin_steps before take_step, got none");
+  if (steps_.n_taken == steps_.n_queued)
+    return fail(Error::InvalidState, "decode: expected a step in the queue, got none; queue one");
   const uint64_t* words =
       static_cast<const uint64_t*>(steps_.words.host) + steps_.n_taken % kSlots * steps_.n_rows;
   ++steps_.n_taken;

@@ -52,7 +52,9 @@ Error run_op(KernelRuntimeContext& context, const Args& args, Status (*validate)
     const Error error = give_scratch(context, scratch_bytes(args, execution.device), &execution);
     if (error != Error::Ok) return error;
   }
-  return fail(run(args, execution));
+  const Error error = fail(run(args, execution));
+  if (error != Error::Ok && activation != nullptr) activation->forget();  // maybe nobody wrote it
+  return error;
 }
 
 void finish(KernelRuntimeContext& context, Error error) {

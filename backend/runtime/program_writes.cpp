@@ -175,7 +175,7 @@ class Method {
     const Vector args = call.vector(1);
     const std::string_view name = op.string(0);
     const auto argument = [&](uint32_t i) { return uint32_t(args.scalar<int32_t>(i)); };
-    if (name == kView || name.substr(0, kRopeAppend.size()) == kRopeAppend) return true;
+    if (name == kView || name == kRopeAppend) return true;
     if (name == kIndexPutInPlace && puts_rows(args)) return true;
     if (name == kCopyInPlace && args.size() > 1 &&
         is_put_into(int64_t(argument(1)), int64_t(argument(0))))

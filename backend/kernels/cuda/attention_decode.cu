@@ -503,8 +503,8 @@ __global__ void __launch_bounds__(32 * kWarps)
     cp_async_wait<0>();
     __syncwarp();
   }
-  if (rank >> stretch.log2_active !=
-      0) {  // the whole block; it has arrived, and nobody waits for it
+  // The whole block; it has arrived, and nobody waits for it.
+  if (rank >> stretch.log2_active != 0) {
     cp_async_wait<0>();
     return;
   }

@@ -49,7 +49,8 @@ struct Sizes {
   static constexpr int kFactors = kN8 * 8 * kChunks * 4;
   static constexpr int kAllWarps = kWarps * (kStages * kStage + kPlace + kFactors);
   static constexpr int kSent = kN8 * 8 * kTurn * 4;  // sums of a turn, to the block that adds them
-  static_assert(kN8 * 8 * kSliceK <= kPlace && kPlace % 128 == 64, "");
+  static_assert(kN8 * 8 * kSliceK <= kPlace && kPlace % 128 == 64,
+                "a of a warp fits where its sums go, and two places lie 16 banks apart");
 };
 
 // A 16-bit float in the low or the high half of a word.
@@ -88,8 +89,8 @@ __global__ void __launch_bounds__(32 * kWarps, 1)
   const uint8_t* const inbox = shared + S::kAllWarps;  // [turn of this rank][rank][m][kTurn]
   if (n_ranks > 1) cluster_arrive_relaxed();
 
-  // ---- load_weights: strips in order. Columns beyond the last are left as they are: they end in sums that
-  // nobody stores ----
+  // ---- load_weights: strips in order ----
+  // Columns beyond the last are left as they are: they end in sums that nobody stores.
   const uint32_t ring_address = shared_address(ring);
   const int copy_r = lane / 8,
             copy_c = lane % 8;  // rows copy_r + 4i; the swizzle: unit c ^ (row % 8)
