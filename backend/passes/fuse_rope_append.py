@@ -225,6 +225,7 @@ def _match_turn(site: _Site) -> tuple | None:
         or not table_dtypes <= {torch.float32, qkv.meta["val"].dtype}
         or not all(_same(shape[-2], S) for shape in table_shapes)
         or (rank == 3 and not all(_same(shape[0], B) for shape in table_shapes))
+        or qkv.meta["val"].dtype != site.caches[0].meta["val"].dtype
     ):
         return None
     generator = torch.Generator().manual_seed(0)

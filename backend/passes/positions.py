@@ -205,6 +205,8 @@ def _seen(mask: torch.Tensor, shape: torch.Size, T: int) -> torch.Tensor | None:
         if mask.shape[1] != 1:
             return None
         mask = mask.squeeze(1)
+    elif mask.dim() == 3 and mask.shape[0] != 1:  # one for each head
+        return None
     if mask.dim() > 3:
         return None
     return mask.expand(*shape, T) if mask.shape[-1] == T else None
